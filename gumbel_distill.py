@@ -1,0 +1,1364 @@
+"""Gumbel Distillation for Parallel Text Generation, in one file.
+
+Paper: Zhang, Hu, Liu and Liu, ICLR 2026, arXiv 2603.22216. Official code: hxixixh/gumbel-distill
+
+    python gumbel_distill.py                                           # the maze: minutes on a CPU
+    python gumbel_distill.py --dataset cities                          # toy sentences, likewise
+    python gumbel_distill.py --dataset text --train-files input.txt    # your own text
+
+A parallel decoder fills many positions at once and draws their tokens independently, so "San" can
+meet "Angeles". An autoregressive (AR) teacher draws one token after the other, each draw being
+argmax(logp + xi) with Gumbel noise xi. Given that noise its text is determined: hand the noise to
+the parallel student, and learning a joint distribution becomes learning a map from noise to text.
+The noise that belongs to a real text is drawn from a closed-form posterior, in one teacher pass.
+
+Glossary (V = vocab_size, T = seq_len, M = number of masked positions in a batch)
+    x0, xt      (B, T) long   clean and masked token ids; BOS is not among them
+    t           (B,)          time in (0, 1]: P(token masked) = t, P(token kept) = alpha_t = 1 - t
+    xi          (B, T, V)     Gumbel noise; xi[:, i] decides token i, given the tokens before it
+    logits      (B, T, V)     logp: logits normalised over V, in nats
+    is_masked   (B, T) bool   where xt is [MASK], the id mask_id = V: an input row, never an output
+    nfe                       number of function evaluations = denoising steps of a sample
+    tau                       scale of xi when sampling; 1 as trained
+
+What differs from the paper and the official code stands in README.md, "Differences".
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend; the message names the value and the cure."""
+
+    def __init__(self, message, code=1):
+        super().__init__(message)
+        self.code = code
+
+
+# -----------------------------------------------------------------------------
+# 1. Config: every field is a command-line flag of the same name
+
+def option(default, help, choices=None, low=None, high=math.inf):
+    meta = {"help": help, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclass
+class Config:
+    """Settings of a run. None means: as PRESETS says for the dataset."""
+    # data
+    dataset: str = option("maze", "what to learn", ["maze", "cities", "text"])
+    train_files: str = option(None, "for --dataset text: UTF-8 text, a file or a quoted glob")
+    val_files: str = option(None, "text to validate on; default: the last 10%% of the other")
+    tokenizer: str = option(None, "tokens of --dataset text", ["char", "gpt2"])
+    seq_len: int = option(None, "tokens per sequence", low=2)
+    max_tokens: int = option(None, "use at most this many training tokens", low=1)
+    # model: teacher and students have one shape
+    n_layer: int = option(None, "Transformer blocks", low=1)
+    n_head: int = option(None, "attention heads", low=1)
+    n_embd: int = option(None, "width", low=2)
+    dropout: float = option(None, "dropout probability", low=0, high=0.9)
+    # noise
+    noise: str = option("none,gumbel", "one student for each of this list; none is MDLM,"
+                        " independent a control: noise that knows nothing of the text",
+                        ["none", "gumbel", "gaussian", "uniform", "independent"])
+    noise_map: str = option(None, "noise -> embedding", ["softmax", "raw", "learned"])
+    inject: str = option("replace", "noise embedding in place of that of [MASK], or added to it",
+                         ["replace", "add"])
+    labels: str = option("data", "learn real text with posterior noise (Theorem 4.1), or the"
+                         " teacher's own samples with theirs", ["data", "teacher"])
+    teacher: str = option(None, "teacher checkpoint; default: teacher.pt in --out-dir")
+    # training
+    batch_size: int = option(None, "sequences per optimiser step", low=1)
+    grad_accum: int = option(1, "pieces to split a batch into, to save memory", low=1)
+    max_steps: int = option(None, "optimiser steps of each model", low=1)
+    teacher_steps: int = option(None, "of the teacher, if not --max-steps", low=1)
+    lr: float = option(None, "peak learning rate of AdamW", low=0)
+    warmup: int = option(None, "steps of linear warm-up", low=0)
+    schedule: str = option(None, "learning rate after the warm-up", ["cosine", "constant"])
+    ema: float = option(None, "decay per step of the averaged weights; 0: none", low=0, high=1)
+    eval_every: int = option(None, "steps between validations; each writes the checkpoint", low=1)
+    # sampling
+    nfe: str = option(None, "function evaluations per sample, like 1,2,4")
+    tau: float = option(1.0, "scale of the noise", low=0)
+    temperature: float = option(None, "0: argmax (default with noise); 1: the student's own"
+                                " probabilities (default without)", low=0)
+    top_p: float = option(1.0, "nucleus: the likeliest tokens of this total", low=0, high=1)
+    order: str = option("random", "masked tokens to fill first", ["random", "confidence", "left"])
+    n_samples: int = option(None, "samples per row of the table", low=1)
+    # machine
+    seed: int = option(0, "seed of every random draw")
+    device: str = option("auto", "auto: a GPU if there is one", ["auto", "cpu", "cuda"])
+    dtype: str = option("auto", "of the training; auto: bfloat16 on a GPU, else float32",
+                        ["auto", "float32", "bfloat16"])
+    compile: bool = option(False, "torch.compile the Transformer blocks")
+    resume: bool = option(False, "go on with an interrupted run")
+    out_dir: str = option(None, "folder of this run; default: out/<dataset>")
+
+
+COMMON = dict(dropout=0.0, warmup=100, schedule="cosine", ema=0.999)
+PRESETS = {
+    "maze": dict(
+        COMMON, seq_len=10, n_layer=4, n_head=2, n_embd=64, noise_map="raw", batch_size=64, lr=2e-3,
+        max_steps=3500, teacher_steps=2500, eval_every=500, nfe="1,2,3,5,10", n_samples=4000),
+    "cities": dict(
+        COMMON, seq_len=19, n_layer=4, n_head=2, n_embd=64, noise_map="raw", batch_size=64, lr=2e-3,
+        max_steps=4000, teacher_steps=1500, eval_every=500, nfe="1,2,4,8,19", n_samples=1000),
+    "text": dict(
+        COMMON, seq_len=64, n_layer=4, n_head=4, n_embd=128, noise_map="learned", batch_size=64,
+        lr=1e-3, max_steps=3000, teacher_steps=3000, eval_every=500, nfe="1,4,16,64", n_samples=200,
+        tokenizer="char"),
+}
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def resolve(cfg):
+    """Fill in the dataset's preset and check every value; returns a new Config."""
+    given = {k: v for k, v in vars(cfg).items() if v is not None}
+    preset = PRESETS.get(cfg.dataset, {})
+    if cfg.max_steps is not None:
+        preset = {**preset, "teacher_steps": cfg.max_steps}
+    cfg = Config(**{**preset, "out_dir": f"out/{cfg.dataset}", **given})
+    for f in dataclasses.fields(Config):
+        value, meta = getattr(cfg, f.name), f.metadata
+        if value is None:
+            continue
+        if meta["choices"] and not set(value.split(",")) <= set(meta["choices"]):
+            raise UserError(f"{flag(f.name)} {value}: choose from {', '.join(meta['choices'])}")
+        low, high = meta["low"], meta["high"]
+        if low is not None and not low <= value <= high:
+            raise UserError(f"{flag(f.name)} {value}: must lie between {low} and {high}")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu or auto")
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    nfe_list(cfg.nfe)
+    if cfg.n_embd % (2 * cfg.n_head):
+        raise UserError(f"--n-embd {cfg.n_embd}: must be a multiple of {2 * cfg.n_head}, twice "
+                        "--n-head")
+    if cfg.batch_size % cfg.grad_accum:
+        raise UserError(f"--batch-size {cfg.batch_size} does not split into --grad-accum "
+                        f"{cfg.grad_accum} equal pieces")
+    for name in ("train_files", "val_files", "tokenizer", "seq_len", "max_tokens"):
+        if cfg.dataset != "text" and getattr(cfg, name) != preset.get(name):
+            raise UserError(f"{flag(name)} goes with --dataset text; {cfg.dataset} is generated")
+    return cfg
+
+
+def nfe_list(text):
+    """"1,2,4" -> [1, 2, 4]"""
+    values = [int(k) if k.strip().isdigit() else 0 for k in text.split(",")]
+    if min(values) < 1:
+        raise UserError(f"--nfe {text}: give whole numbers of steps, from 1 up, like 1,2,4")
+    return values
+
+
+def rng(*key, device="cpu"):
+    """A torch.Generator seeded by `key`, e.g. (seed, "batch", step).
+
+    Every draw of a run is keyed by what it is for, never by what was drawn before it: a resumed
+    run and one with another batch size see the same noise.
+    """
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
+    return torch.Generator(device).manual_seed(seed)
+
+
+# -----------------------------------------------------------------------------
+# 2. Data: maze, toy sentences, text -> batches of token ids
+
+class Tokenizer:
+    """A list of words joined by `sep` or, with words None, GPT-2's BPE.
+
+    bos_id is what the teacher puts in front: <|endoftext|> of GPT-2, else vocab_size, an input row
+    of its own. `state` rebuilds the tokenizer: Tokenizer(**state).
+    """
+
+    def __init__(self, words=None, sep=""):
+        self.words, self.sep, self.state = words, sep, {"words": words, "sep": sep}
+        if words is None:
+            self.bpe = load_gpt2_bpe()
+            self.vocab_size, self.bos_id = self.bpe.n_vocab, self.bpe.eot_token
+        else:
+            self.ids = {w: i for i, w in enumerate(words)}
+            self.vocab_size = self.bos_id = len(words)
+
+    def encode(self, text, where="the text"):
+        """Token ids of a text, uint16; UserError for what the vocabulary lacks."""
+        if self.words is None:
+            return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
+        pieces = text.split() if self.sep else text
+        unknown = sorted(set(pieces) - self.ids.keys())
+        if unknown:
+            raise UserError(f"{where}: {unknown[0]!r} is not among the {self.vocab_size} tokens of "
+                            "the training text; leave it out, or train on text that has it")
+        return np.array([self.ids[p] for p in pieces], dtype=np.uint16)
+
+    def decode(self, ids):
+        if self.words is None:
+            return self.bpe.decode([int(i) for i in ids])
+        return self.sep.join(self.words[int(i)] for i in ids)
+
+
+def load_gpt2_bpe():
+    import tiktoken
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as e:  # whatever the download layer raises
+        raise UserError(f"GPT-2's tokenizer files cannot be fetched ({type(e).__name__}); without "
+                        "a network set TIKTOKEN_CACHE_DIR to a folder that holds them, or use "
+                        "--tokenizer char") from e
+
+
+class Data:
+    """Token ids: train and val, 1-D uint16 arrays, read as sequences of seq_len.
+
+    stride    distance between the starts of training sequences; 1 in running text
+    judge(x)  metrics of generated ids (N, T), a dict
+    """
+
+    def __init__(self, train, val, seq_len, tokenizer, stride=1, judge=None):
+        for name, tokens in (("training", train), ("validation", val)):
+            if len(tokens) < seq_len:
+                raise UserError(f"the {name} text has {len(tokens)} tokens, too few: one sequence "
+                                f"has {seq_len}; give more text, or a smaller --seq-len")
+        self.train, self.val, self.seq_len, self.tokenizer = train, val, seq_len, tokenizer
+        self.stride, self.judge = stride, judge or (lambda x: {})
+        self.n_train = (len(train) - seq_len) // stride + 1
+        digest = hashlib.sha1(repr((tokenizer.state, len(train))).encode())
+        digest.update(np.ascontiguousarray(train[:2**20]))
+        self.fingerprint = digest.hexdigest()[:12]
+
+    def rows(self, index):
+        """Training sequences number `index` (n,) -> (n, T) long."""
+        starts = np.asarray(index)[:, None] * self.stride
+        return torch.from_numpy(self.train[starts + np.arange(self.seq_len)].astype(np.int64))
+
+    def val_rows(self, n):
+        """The first validation sequences, n at most, without overlap -> (<= n, T) long."""
+        n = min(n, len(self.val) // self.seq_len)
+        tokens = self.val[:n * self.seq_len].astype(np.int64)
+        return torch.from_numpy(tokens).view(n, self.seq_len)
+
+
+def total_variation(counts, n_outside=0):
+    """Distance from uniform of counts over the allowed outcomes, n_outside draws being others."""
+    share = np.append(counts, n_outside) / max(1, counts.sum() + n_outside)
+    return 0.5 * float(np.abs(share - np.append(np.full(len(counts), 1 / len(counts)), 0)).sum())
+
+
+def tv_exact_sampler(n_outcomes, n):
+    """The total variation that n exact draws from n_outcomes still show (mean of simulations)."""
+    draws = np.random.default_rng(0).multinomial(n, np.full(n_outcomes, 1 / n_outcomes), size=50)
+    return float(np.mean([total_variation(d) for d in draws]))
+
+
+MAZE_SIZE = 6
+MAZE = """
++---+---+---+---+---+---+
+|                   |   |
++   +   +   +   +   +---+
+|                       |
++   +   +   +---+   +   +
+|   |   |               |
++   +   +   +   +   +   +
+|       |               |
++   +   +---+---+   +   +
+|   |               |   |
++   +---+   +   +   +   +
+|                       |
++---+---+---+---+---+---+
+""".strip().split("\n")
+
+
+def maze_paths(row=0, col=0):
+    """All shortest paths from a cell of MAZE to the bottom right one, lists of the cells entered.
+
+    Cell (row, col) is token 6 row + col. The start is implied; a shortest path goes right or down.
+    """
+    if row == col == MAZE_SIZE - 1:
+        return [[]]
+    is_open = {(row, col + 1): MAZE[2 * row + 1][4 * col + 4] == " ",
+               (row + 1, col): MAZE[2 * row + 2][4 * col + 2] == " "}
+    return [[MAZE_SIZE * r + c] + rest for r, c in is_open if is_open[r, c]
+            for rest in maze_paths(r, c)]
+
+
+def draw_maze(path):
+    """MAZE as text with the start and the cells of `path` (token ids) marked."""
+    canvas = [list(line) for line in MAZE]
+    for cell in [0, *path]:
+        canvas[2 * (int(cell) // MAZE_SIZE) + 1][4 * (int(cell) % MAZE_SIZE) + 2] = "o"
+    return "\n".join("".join(line) for line in canvas)
+
+
+def load_maze(cfg):
+    """Paths drawn uniformly from all the shortest ones, so that the true distribution is known."""
+    paths = np.array(maze_paths(), dtype=np.uint16)             # (51, 10)
+    number = {tuple(p): i for i, p in enumerate(paths.tolist())}
+
+    def judge(x):
+        hits = [number[tuple(p)] for p in x.tolist() if tuple(p) in number]
+        counts = np.bincount(hits, minlength=len(paths))
+        return {"valid": len(hits) / len(x), "distinct": int((counts > 0).sum()),
+                "distinct_of": len(paths), "tv": total_variation(counts, len(x) - len(hits)),
+                "tv_exact_sampler": tv_exact_sampler(len(paths), len(x))}
+
+    rows = paths[np.random.default_rng(0).integers(len(paths), size=22_000)]
+    words = ["abcdef"[i % MAZE_SIZE] + str(i // MAZE_SIZE + 1) for i in range(MAZE_SIZE**2)]
+    return Data(rows[:20_000].ravel(), rows[20_000:].ravel(), cfg.seq_len, Tokenizer(words, " "),
+                stride=cfg.seq_len, judge=judge)
+
+
+# The grammar of `cities`. A slot is one phrase of its list; a slot that returns is the same phrase.
+SENTENCES = [
+    "{name} flies from {city} to {town} on {date} and {friend} follows {name}",
+    "the {person} flies from {city} to {town} on {date} with {name} and {things}",
+    "the {person}s fly from {city} to {town} on {date} with {name} and {things}",
+]
+WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+THINGS = "ticket suitcase camera guitar umbrella book lamp carpet".split()
+SLOTS = {
+    "name": "Anna Ben Carla David Emma Felix Grace Henry".split(),
+    "friend": "Ida Jack Karen Leo Mary Noah Olga Paul".split(),
+    "city": ("San Francisco,San Diego,San Jose,Los Angeles,Los Gatos,Las Vegas,Las Cruces,Santa Fe,"
+             "Santa Cruz,El Paso").split(","),
+    "town": ("New York,New Orleans,New Haven,Fort Worth,Fort Wayne,Long Beach,Long Branch,"
+             "Grand Rapids,Cedar Rapids,Saint Paul").split(","),
+    "date": [f"{WEEKDAYS[day % 7]} the {day}th" for day in range(7, 21)],
+    "person": "doctor teacher lawyer farmer pilot singer baker painter".split(),
+    "things": [f"one {t}" for t in THINGS] + [f"{n} {t}s" for t in THINGS
+                                              for n in ("two", "three")],
+}
+END = "<end>"
+
+
+def sentence_pattern(template):
+    """The regular expression that parses the sentences of one template, and nothing else."""
+    seen = set()
+
+    def slot_pattern(match):
+        slot = match[1]
+        if slot in seen:
+            return f"(?P={slot})"
+        seen.add(slot)
+        return f"(?P<{slot}>{'|'.join(SLOTS[slot])})"
+    return re.compile(re.sub(r"{(\w+)}", slot_pattern, template) + f"( {END})+")
+
+
+def load_cities(cfg):
+    """Sentences of the grammar above, every choice uniform, filled up with END to seq_len."""
+    text = [s.replace("{person}", person) for s in SENTENCES for person in SLOTS["person"]]
+    text = " ".join(text + [phrase for phrases in SLOTS.values() for phrase in phrases])
+    tokenizer = Tokenizer(sorted(w for w in set(text.split()) if "{" not in w) + [END], " ")
+    patterns = [sentence_pattern(s) for s in SENTENCES]
+    names = {phrase: i for i, phrase in enumerate(SLOTS["city"] + SLOTS["town"])}
+    first_words = {phrase.split()[0] for phrase in names}
+
+    def judge(x):
+        sentences = [tokenizer.decode(row) for row in x]
+        valid = sum(any(p.fullmatch(s) for p in patterns) for s in sentences)
+        words = [s.split() for s in sentences]
+        pairs = [f"{a} {b}" for w in words for a, b in zip(w, w[1:]) if a in first_words]
+        counts = np.bincount([names[p] for p in pairs if p in names], minlength=len(names))
+        n_wrong = len(pairs) - int(counts.sum())
+        return {"valid": valid / len(x), "distinct": len(set(sentences)), "distinct_of": len(x),
+                "wrong_names": n_wrong / max(1, len(pairs)), "tv": total_variation(counts, n_wrong),
+                "tv_exact_sampler": tv_exact_sampler(len(names), 2 * len(x))}
+
+    choose, rows = random.Random(0).choice, []
+    for _ in range(52_000):
+        words = choose(SENTENCES).format(**{k: choose(v) for k, v in SLOTS.items()}).split()
+        rows.append(tokenizer.encode(" ".join(words + [END] * (cfg.seq_len - len(words)))))
+    tokens = np.concatenate(rows)
+    return Data(tokens[:-2000 * cfg.seq_len], tokens[-2000 * cfg.seq_len:], cfg.seq_len, tokenizer,
+                stride=cfg.seq_len, judge=judge)
+
+
+def read_text(name, pattern):
+    """The text of all files that match a glob, joined; UserError where that is no usable text."""
+    if pattern is None:
+        raise UserError(f"--dataset text needs {name}, a file or a quoted glob like 'texts/*.txt'")
+    paths = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    if not paths:
+        raise UserError(f"{name} {pattern}: no file matches; check the path, and quote a glob")
+    texts = []
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as f:
+                texts.append(f.read())
+        except (UnicodeDecodeError, OSError) as e:
+            raise UserError(f"{name} {path}: cannot be read as UTF-8 text ({e})") from e
+        if not texts[-1].strip() or "\0" in texts[-1]:
+            found = "binary" if texts[-1].strip() else "empty"
+            raise UserError(f"{name} {path}: is {found}; leave it out")
+    return "\n".join(texts)
+
+
+def load_text(cfg):
+    text = read_text("--train-files", cfg.train_files)
+    tokenizer = Tokenizer() if cfg.tokenizer == "gpt2" else Tokenizer(sorted(set(text)))
+    train = tokenizer.encode(text)
+    if cfg.val_files is None:
+        train, val = np.split(train, [int(0.9 * len(train))])
+    else:
+        val = tokenizer.encode(read_text("--val-files", cfg.val_files), "--val-files")
+    return Data(train[:cfg.max_tokens], val, cfg.seq_len, tokenizer)
+
+
+def load_data(cfg):
+    return {"maze": load_maze, "cities": load_cities, "text": load_text}[cfg.dataset](cfg)
+
+
+def show(ids, dataset, tokenizer):
+    """One sequence of token ids (T,) as text to print."""
+    return draw_maze(ids) if dataset == "maze" else tokenizer.decode(ids).split(" " + END)[0]
+
+
+# -----------------------------------------------------------------------------
+# 3. Transformer: one for teacher (causal) and students (full attention)
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, without biases.
+
+    The MLP has ReLU^2 (So et al. 2021) where the official student has tanh-GELU: noise must be
+    compared, which it learns in fewer steps (README, "Differences"), and it is faster on a CPU.
+    """
+
+    def __init__(self, n_embd, n_head, dropout):
+        super().__init__()
+        self.n_head, self.dropout = n_head, dropout
+        self.norm1 = nn.LayerNorm(n_embd, bias=False)
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.attn_out = nn.Linear(n_embd, n_embd, bias=False)
+        self.norm2 = nn.LayerNorm(n_embd, bias=False)
+        self.mlp_in = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.mlp_out = nn.Linear(4 * n_embd, n_embd, bias=False)
+
+    def forward(self, x, rope, mask, is_causal, cache):
+        B, T, C = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                        # (3, B, nh, T, hs)
+        (q, k), v = rotate(qkv[:2], *rope), qkv[2]
+        if cache is not None:
+            k, v = cache.extend(self, k, v)                     # (B, nh, start + T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = self.attn_out(y.transpose(1, 2).reshape(B, T, C))
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.mlp_out(F.relu(self.mlp_in(self.norm2(x))).square())
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+def rotary(pos, head_size):
+    """cos and sin of the rotary angles at positions pos (T,), each (T, head_size)."""
+    freq = 10000.0 ** (-torch.arange(0, head_size, 2, device=pos.device) / head_size)
+    angle = (pos[:, None] * freq).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    x1, x2 = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-x2, x1], dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the `start` positions seen so far, for every block of a Transformer."""
+
+    def __init__(self, max_len):
+        self.max_len, self.start, self.kv = max_len, 0, {}
+
+    def extend(self, block, k, v):
+        B, nh, T, hs = k.shape
+        if block not in self.kv:
+            self.kv[block] = k.new_empty(2, B, nh, self.max_len, hs)
+        kv = self.kv[block]
+        kv[0, :, :, self.start:self.start + T] = k
+        kv[1, :, :, self.start:self.start + T] = v
+        return kv[:, :, :, :self.start + T]
+
+
+class Transformer(nn.Module):
+    """Token embedding, blocks, final norm, output head.
+
+    There are vocab_size outputs but vocab_size + 1 input rows: the last one is BOS for the teacher
+    and [MASK] for a student.
+    """
+
+    def __init__(self, cfg, vocab_size, causal):
+        super().__init__()
+        self.causal = causal
+        self.head_size = cfg.n_embd // cfg.n_head
+        self.embed = nn.Embedding(vocab_size + 1, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg.n_embd, cfg.n_head, cfg.dropout)
+                                    for _ in range(cfg.n_layer))
+        self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
+        self.head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # GPT-2's initialisation, scaled where a block writes to the residual
+                is_residual = name.endswith(("attn_out.weight", "mlp_out.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if is_residual else 0.02)
+
+    def forward(self, x, mask=None, pos=None, cache=None):
+        """Embeddings x (B, T, C) -> hidden states (B, T, C), ready for `head`.
+
+        mask:  (T, S) bool, True where a position may look; None is causal or full attention
+        pos:   (T,) long, positions; by default they go on from where the cache ends
+        cache: KVCache of the positions before x
+        """
+        T, start = x.size(1), cache.start if cache else 0
+        if pos is None:
+            pos = torch.arange(start, start + T, device=x.device)
+        if self.causal and mask is None and start > 0 and T > 1:
+            mask = pos[:, None] >= torch.arange(start + T, device=x.device)
+        is_causal = self.causal and mask is None and start == 0
+        rope = [a.to(x.dtype) for a in rotary(pos, self.head_size)]
+        for block in self.blocks:
+            x = block(x, rope, mask, is_causal, cache)
+        if cache:
+            cache.start += T
+        return self.norm(x)
+
+
+# -----------------------------------------------------------------------------
+# 4. Teacher: an AR language model
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Teacher(nn.Module):
+    """p(x0) = prod_i p(x0[i] | BOS, x0[:i]); puts BOS in front by itself."""
+
+    def __init__(self, cfg, tokenizer):
+        super().__init__()
+        self.name, self.file = "teacher", "teacher.pt"
+        self.vocab_size, self.bos_id = tokenizer.vocab_size, tokenizer.bos_id
+        self.net = Transformer(cfg, self.vocab_size, causal=True)
+
+    def forward(self, x0, at=None):
+        """Logits for the tokens of x0 (B, T) given those before each: (B, T, V).
+
+        at: (B, T) bool; the logits of these positions only, (M, V), row by row.
+        """
+        x = torch.cat([torch.full_like(x0[:, :1], self.bos_id), x0[:, :-1]], dim=1)
+        h = self.net(self.net.embed(x))                         # (B, T, C)
+        return self.net.head(h if at is None else h[at])
+
+    def logp(self, x0, at=None):
+        """log p(token | those before it), in nats: (B, T, V), or (M, V) at the positions `at`."""
+        return F.log_softmax(at_least_float32(self(x0, at)), dim=-1)
+
+
+def teacher_loss(teacher, x0):
+    """Cross-entropy of x0 (B, T), in nats per token."""
+    return F.cross_entropy(at_least_float32(teacher(x0)).flatten(0, 1), x0.flatten())
+
+
+# -----------------------------------------------------------------------------
+# 5. Gumbel-Max: token = argmax(logp + xi)                        (Theorem 4.1)
+
+def sample_exponential(shape, generator, dtype=torch.float32):
+    """E ~ Exp(1), never 0. Drawn in float64: in float32 CUDA's E stops at 6e-8, xi at 16.6."""
+    E = torch.empty(shape, dtype=torch.float64, device=generator.device)
+    return E.exponential_(generator=generator).clamp_min(1e-30).to(dtype)
+
+
+def sample_gumbel(shape, generator, dtype=torch.float32):
+    """iid Gumbel(0,1) noise, xi = -log E with E ~ Exp(1), on the generator's device."""
+    return -sample_exponential(shape, generator, dtype).log()
+
+
+def posterior_gumbel(logp, x0, generator):
+    """Draw the noise that would have made the teacher pick x0: parallel extraction (Theorem 4.1).
+
+    With p = exp(logp) and E, E0 ~ Exp(1):   xi[k]  = -log(E[k] + p[k] E0)      for the losers
+                                             xi[x0] = -log E0 - log p[x0]       for the winner
+    the paper's formula with zeta = -log E, in a form that cannot overflow.
+
+    Args:    logp (..., V) float, nats, normalised over V;  x0 (...) long in [0, V)
+    Returns: xi (..., V) of logp's dtype; argmax(logp + xi) == x0 (rounding breaks a near-tie once
+             in about 1e6 positions in float32); xi is iid Gumbel(0,1) when x0 ~ p
+    Raises:  ValueError if the shapes disagree
+    Official code: utils.py get_posterior_gumbel.   Test: tests/test_gumbel.py
+    """
+    if logp.shape[:-1] != x0.shape:
+        raise ValueError(f"logp {tuple(logp.shape)} and x0 {tuple(x0.shape)} disagree")
+    E = sample_exponential(logp.shape, generator, logp.dtype)
+    E0 = sample_exponential(x0.shape, generator, logp.dtype)[..., None]    # (..., 1)
+    winner = x0[..., None]                                      # (..., 1)
+    xi = -torch.log(E + logp.exp() * E0)
+    return xi.scatter(-1, winner, -E0.log() - logp.gather(-1, winner))
+
+
+@torch.no_grad()
+def serial_extraction(teacher, xi, xt=None):
+    """Sample the teacher token by token with recorded noise: x_i = argmax(logp_i + xi_i).
+
+    This is also the teacher's sampler: fresh xi gives an exact sample, tau * xi one at temperature
+    tau. KV-cached; float32 at least.
+
+    Args:    xi (B, T, V) Gumbel noise;  xt (B, T) long, known tokens kept, mask_id = V elsewhere
+    Returns: x0 (B, T) long, and gap (B, T), how far the winner's logp + xi lies above the second's
+    """
+    B, T, V = xi.shape
+    cache, net = KVCache(T), teacher.net
+    token = torch.full((B, 1), teacher.bos_id, device=xi.device)
+    x0, gaps = [], []
+    for i in range(T):
+        logits = net.head(net(net.embed(token), cache=cache)[:, -1])       # (B, V)
+        top = (F.log_softmax(at_least_float32(logits), dim=-1) + xi[:, i]).topk(2, dim=-1)
+        token = top.indices[:, :1]
+        if xt is not None:
+            token = torch.where(xt[:, i:i + 1] == V, token, xt[:, i:i + 1])
+        x0.append(token)
+        gaps.append(top.values[:, :1] - top.values[:, 1:])
+    return torch.cat(x0, dim=1), torch.cat(gaps, dim=1)
+
+
+# -----------------------------------------------------------------------------
+# 6. Student: the Transformer plus the noise embedding
+
+def change_noise(xi, noise):
+    """Gumbel noise as it is, or sent through its CDF F to "uniform" U(0,1), "gaussian" N(0,1).
+
+    F(xi) = exp(-E) with E = exp(-xi); N(0,1) takes each tail from the side where it does not round.
+    """
+    if noise not in ("uniform", "gaussian"):
+        return xi
+    E = torch.exp(-xi)
+    if noise == "uniform":
+        return torch.exp(-E)
+    tiny = torch.finfo(xi.dtype).tiny
+    from_below = torch.special.ndtri(torch.exp(-E).clamp_min(tiny))
+    from_above = -torch.special.ndtri((-torch.expm1(-E)).clamp_min(tiny))
+    return torch.where(E > math.log(2), from_below, from_above)
+
+
+class NoiseEmbedding(nn.Module):
+    """Noise of single positions (M, V) -> embeddings (M, C): a bias-free linear map of
+
+    softmax  softmax(xi): the paper's map; squashes the long tail, keeps the ranks
+    raw      xi, standardised
+    learned  softmax(s (xi + b)) with a learned s (at first 1) and b per token (at first its log
+             frequency): starts near the paper's map and learns which tokens' noise matters
+    """
+    MEAN_STD = {"gumbel": (0.5772156649, math.pi / 6**0.5), "gaussian": (0.0, 1.0),
+                "uniform": (0.5, 12**-0.5)}
+
+    def __init__(self, cfg, vocab_size, log_freq=None):
+        super().__init__()
+        self.noise, self.noise_map = cfg.noise, cfg.noise_map
+        self.proj = nn.Linear(vocab_size, cfg.n_embd, bias=False)
+        nn.init.normal_(self.proj.weight, std=0.02)
+        if self.noise_map == "learned":
+            self.scale = nn.Parameter(torch.ones(()))
+            self.bias = nn.Parameter(torch.zeros(vocab_size) if log_freq is None else log_freq)
+
+    def forward(self, xi):
+        z = change_noise(xi, self.noise)
+        if self.noise_map == "raw":
+            mean, std = self.MEAN_STD.get(self.noise, self.MEAN_STD["gumbel"])
+            return self.proj((z - mean) / std)
+        if self.noise_map == "learned":
+            z = self.scale * (z + self.bias)
+        return self.proj(z.softmax(dim=-1))
+
+
+class Student(nn.Module):
+    """Masked diffusion model (MDLM, Sahoo et al. 2024), with noise injection unless noise is none.
+
+    SUBS holds by construction: there is no output for [MASK], and only masked positions get logits.
+    """
+
+    def __init__(self, cfg, vocab_size, log_freq=None):
+        super().__init__()
+        self.name = "mdlm" if cfg.noise == "none" else cfg.noise
+        self.file = f"student-{cfg.noise}.pt"
+        self.noise, self.inject = cfg.noise, cfg.inject
+        self.vocab_size = self.mask_id = vocab_size
+        self.net = Transformer(cfg, vocab_size, causal=False)
+        # Rotary positions are relative: with all tokens masked every position would look alike. The
+        # official code has the unmasked BOS as an anchor, we have an embedding per position.
+        self.embed_pos = nn.Embedding(cfg.seq_len, cfg.n_embd)
+        nn.init.normal_(self.embed_pos.weight, std=0.02)
+        if self.noise != "none":
+            self.embed_noise = NoiseEmbedding(cfg, vocab_size, log_freq)
+
+    def forward(self, xt, xi=None):
+        """Logits at the masked positions of xt (B, T), row by row: (M, V).
+
+        xi: (M, V) Gumbel noise of those positions (ignored without noise).
+        """
+        is_masked = xt == self.mask_id
+        x = self.net.embed(xt)                                  # (B, T, C)
+        if self.noise != "none":
+            e = self.embed_noise(xi).to(x.dtype)                # (M, C)
+            if self.inject == "add":
+                e = e + x[is_masked]
+            x = x.masked_scatter(is_masked[..., None], e)
+        x = x + self.embed_pos.weight[:xt.size(1)]
+        return self.net.head(self.net(x)[is_masked])
+
+
+# -----------------------------------------------------------------------------
+# 7. Diffusion: masked diffusion with alpha_t = 1 - t, weight 1/t
+
+T_MIN = 1e-3
+
+
+def stratified_time(index, batch_size, u):
+    """t = T_MIN + (1 - T_MIN) (i + u) / B: one time per stratum of [T_MIN, 1]; index, u (n,)."""
+    return T_MIN + (1 - T_MIN) * (index + u) / batch_size
+
+
+def q_sample(x0, t, mask_id, generator):
+    """Forward process: each token of x0 (B, T) becomes mask_id with probability t (B,)."""
+    u = torch.rand(x0.shape, generator=generator, device=x0.device)
+    return torch.where(u < t[:, None], mask_id, x0)
+
+
+def student_loss(student, teacher, x0, t, generator, xi=None):
+    """- E [ 1/t sum over masked i of log p_theta(x0_i | xt, xi) ] / T, in nats per token.
+
+    Without noise this is MDLM's bound on the negative log-likelihood (NELBO). With posterior noise
+    it is a conditional loss, no likelihood: that noise knows x0. Everything V-wide (teacher, noise,
+    output head, cross-entropy) is computed at masked positions only.
+
+    Args: x0 (B, T) long;  t (B,) in (0, 1];  xi (B, T, V) recorded noise, or None: posterior
+    """
+    xt = q_sample(x0, t, student.mask_id, generator)
+    is_masked = xt == student.mask_id                           # (B, T)
+    target = x0[is_masked]                                      # (M,)
+    if student.noise == "none":
+        xi = None
+    elif student.noise == "independent":
+        xi = sample_gumbel((len(target), student.vocab_size), generator)
+    elif xi is not None:
+        xi = xi[is_masked]
+    else:
+        with torch.no_grad():
+            xi = posterior_gumbel(teacher.logp(x0, is_masked), target, generator)
+    logits = student(xt, xi)                                    # (M, V)
+    nll = F.cross_entropy(at_least_float32(logits), target, reduction="none")
+    weight = (1 / t)[:, None].expand_as(x0)[is_masked]
+    return (weight * nll).sum() / x0.numel()
+
+
+# -----------------------------------------------------------------------------
+# 8. Sampling: noise kept over all steps; ancestral in every order, and exact
+
+def sequence_noise(seed, index, seq_len, model):
+    """All the draws of sequences number `index` (n,): each depends on (seed, its number) alone.
+
+    Returns: xi (n, T, V) Gumbel noise of the model's dtype and device;  u (n, 2, T) float64 in
+             [0, 1): when a position is filled, and where in its distribution the token is drawn
+    """
+    like, xi, u = next(model.parameters()), [], []
+    for i in index.tolist():
+        g = rng(seed, "sequence", i, device=like.device)
+        u.append(torch.rand(2, seq_len, generator=g, dtype=torch.float64, device=like.device))
+        xi.append(sample_gumbel((seq_len, model.vocab_size), g, like.dtype))
+    return torch.stack(xi), torch.stack(u)
+
+
+def draw_tokens(logits, u, temperature, top_p):
+    """Tokens (M,) from logits (M, V), at temperature 0 by argmax, else by inverse CDF at u (M,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = (logits.double() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        p, order = probs.sort(dim=-1, descending=True)
+        p[p.cumsum(dim=-1) - p >= top_p] = 0                    # keep the first that crosses top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, p)
+    cdf = probs.cumsum(dim=-1)
+    return (cdf <= u[:, None] * cdf[:, -1:]).sum(dim=-1)
+
+
+@torch.no_grad()
+def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="random", xt=None):
+    """Fill all masked tokens in nfe steps, from t = 1 to t = 0.
+
+    order: random      ancestral, as MDLM: a token is filled when time falls below u[:, 0], which in
+                       a step from t to s is so with probability (t - s) / t
+           confidence  the same number each step, those first of which the student is surest
+           left        the same number each step, from left to right, as the teacher writes
+
+    Args:    xi (B, T, V), u (B, 2, T) from sequence_noise; xt (B, T) long, known tokens kept,
+             mask_id elsewhere (default: all masked)
+    Returns: (B, T) long. Nothing is masked, also when nfe > T
+    """
+    B, _, T = u.shape
+    if xt is None:
+        xt = torch.full((B, T), student.mask_id, device=u.device)
+    n_start = (xt == student.mask_id).sum(dim=1)                # (B,)
+    score = u[:, 0]
+    if order != "random":
+        score = -torch.arange(T, device=u.device).expand(B, T).double()
+    for k in range(1, nfe + 1):
+        is_masked = xt == student.mask_id
+        n_fill = is_masked.sum(dim=1) - n_start * (nfe - k) // nfe         # (B,)
+        if order == "random":
+            n_fill = (is_masked & (u[:, 0] >= 1 - k / nfe)).sum(dim=1)
+        if not n_fill.any():
+            continue
+        logits = student(xt, tau * xi[is_masked])               # (M, V)
+        tokens = draw_tokens(logits, u[:, 1][is_masked], temperature, top_p)
+        if order == "confidence":
+            top = at_least_float32(logits).softmax(dim=-1).amax(dim=-1).to(score.dtype)
+            score = score.masked_scatter(is_masked, top)
+        rank = score.masked_fill(~is_masked, -math.inf).argsort(dim=1, descending=True, stable=True)
+        is_filled = is_masked & (rank.argsort(dim=1) < n_fill[:, None])
+        xt = torch.where(is_filled, xt.masked_scatter(is_masked, tokens), xt)
+    return xt
+
+
+@torch.no_grad()
+def sample_exact(student, teacher, xi, xt=None):
+    """The teacher's own text for noise xi, in few rounds: the student drafts, the teacher verifies.
+
+    Each round drafts all masked tokens in one student pass, takes argmax(logp + xi) at every
+    position in one teacher pass, keeps the agreeing prefix plus the teacher's next token (right, as
+    all before it is), and masks the rest. Equals serial_extraction(teacher, xi) token for token, up
+    to rounding. After predictive sampling (Wiggers & Hoogeboom 2020); student None is the same
+    iteration without a forecaster: the teacher's last answer is the next draft (at first its argmax
+    text).
+
+    Args:    xi (B, T, V) Gumbel noise;  xt (B, T) known tokens, at the left only, mask_id = V after
+    Returns: x0 (B, T) long;  rounds (B,) long, each one student and one teacher call
+    """
+    B, T, V = xi.shape
+    x = torch.full((B, T), V, device=xi.device) if xt is None else xt.clone()
+    if student is None:
+        guess = serial_extraction(teacher, torch.zeros_like(xi[:1]))[0].repeat(B, 1)       # (B, T)
+    rounds = torch.zeros(B, dtype=torch.long, device=xi.device)
+    live = (x == V).any(dim=1).nonzero()[:, 0]                  # numbers of the unfinished samples
+    while len(live):
+        draft, is_masked = x[live], x[live] == V                # (b, T)
+        draft[is_masked] = (guess[live][is_masked] if student is None else
+                            student(draft, xi[live][is_masked]).argmax(dim=-1))
+        answer = (teacher.logp(draft) + xi[live]).argmax(dim=-1)           # (b, T)
+        agree = (draft == answer) | ~is_masked
+        n_agree = agree.long().cumprod(dim=1).sum(dim=1)        # (b,) length of agreeing prefix
+        is_kept = torch.arange(T, device=x.device) <= n_agree[:, None]
+        x[live] = torch.where(is_kept, torch.where(is_masked, answer, draft), V)
+        if student is None:
+            guess[live] = answer
+        rounds[live] += 1
+        live = live[n_agree < T - 1]
+    return x, rounds
+
+
+def sampling_batches(n, seq_len, vocab_size, batch_size=1000):
+    """Sample numbers 0..n-1 in batches whose noise (B, T, V) stays under about 0.5 GB."""
+    return torch.arange(n).split(max(1, min(batch_size, 2**27 // (seq_len * vocab_size))))
+
+
+@torch.no_grad()
+def generate(model, n, seq_len, seed=0, known=None, **settings):
+    """n texts (n, T) long of a Student (settings as in `sample`) or of a Teacher (tau only).
+
+    known: (T,) long, tokens to keep in every text; V where there is none
+    """
+    texts = []
+    for index in sampling_batches(n, seq_len, model.vocab_size):
+        xi, u = sequence_noise(seed, index, seq_len, model)
+        xt = None if known is None else known.expand(len(index), seq_len)
+        if isinstance(model, Teacher):
+            texts.append(serial_extraction(model, settings.get("tau", 1.0) * xi, xt)[0])
+        else:
+            texts.append(sample(model, xi, u, xt=xt, **settings))
+    return torch.cat(texts)
+
+
+# -----------------------------------------------------------------------------
+# 9. Evaluation: validation loss, spread, agreement with the teacher
+
+@torch.no_grad()
+def validation_loss(model, teacher, data, cfg):
+    """Loss in nats per token on fixed validation rows, with fixed times, masks and noise.
+
+    The teacher's is its NLL, MDLM's the NELBO; with noise it is conditional, see student_loss.
+    """
+    device, total = next(model.parameters()).device, 0.0
+    x0 = data.val_rows(8 * cfg.batch_size).to(device)
+    for i, rows in enumerate(x0.split(cfg.batch_size // cfg.grad_accum)):
+        if isinstance(model, Teacher):
+            loss = teacher_loss(model, rows)
+        else:
+            t = stratified_time(torch.arange(len(rows), device=device), len(rows), 0.5)
+            loss = student_loss(model, teacher, rows, t, rng("validation", i, device=device))
+        total += loss.item() * len(rows)
+    return total / len(x0)
+
+
+def token_entropy(x):
+    """Mean over sequences of the entropy of their token counts, x (N, T), in nats."""
+    entropy = 0.0
+    for row in x.cpu():
+        share = row.unique(return_counts=True)[1] / len(row)
+        entropy -= (share * share.log()).sum().item() / len(x)
+    return entropy
+
+
+@torch.no_grad()
+def compare_with_teacher(x, teacher_text, teacher, seed):
+    """How far texts x (N, T) are what the teacher writes from the same noise (that of `seed`).
+
+    Returns: agree_token, agree_seq  share of positions, of whole texts, equal to teacher_text
+             accept       share of tokens that the teacher, too, would choose after x's own prefix
+             shuffled     agree_token of each text with the teacher's text for the next one's noise
+             teacher_nll  -log p of x under the teacher, nats per token
+    """
+    accept, nll = 0.0, 0.0
+    for index in sampling_batches(len(x), x.size(1), teacher.vocab_size):
+        xi, _ = sequence_noise(seed, index, x.size(1), teacher)
+        logp = teacher.logp(x[index])
+        accept += ((logp + xi).argmax(dim=-1) == x[index]).sum().item() / x.numel()
+        nll -= logp.gather(-1, x[index][..., None]).sum().item() / x.numel()
+    equal = x == teacher_text
+    return {"agree_token": equal.float().mean().item(),
+            "agree_seq": equal.all(dim=1).float().mean().item(), "accept": accept,
+            "shuffled": (x == teacher_text.roll(1, 0)).float().mean().item(), "teacher_nll": nll}
+
+
+def compare_exact(student, teacher, n, seq_len, seed, known=None):
+    """sample_exact against serial decoding on the same noise.
+
+    Returns: the texts (n, T), and a dict: rounds per text; equal, the share of texts equal to those
+    of serial decoding; near_ties, how many of these differ, but only from where its two best lay
+    within 1e-4, which rounding can flip in float32; seconds and serial_seconds
+    """
+    texts = []
+    sums = dict(rounds=0, equal=0, near_ties=0, seconds=0.0, serial_seconds=0.0)
+    for index in sampling_batches(n, seq_len, teacher.vocab_size):
+        xi, _ = sequence_noise(seed, index, seq_len, teacher)
+        xt = None if known is None else known.expand(len(index), seq_len)
+        start = time.perf_counter()
+        x, rounds = sample_exact(student, teacher, xi, xt)
+        sums["rounds"] += rounds.sum().item()                   # .item() waits for a GPU
+        middle = time.perf_counter()
+        serial, gap = serial_extraction(teacher, xi, xt)
+        differs = x != serial                                   # (B, T)
+        n_differ = differs.any(dim=1).sum().item()
+        sums["serial_seconds"] += time.perf_counter() - middle
+        sums["seconds"] += middle - start
+        gap_there = gap.gather(1, differs.long().argmax(dim=1, keepdim=True))[:, 0]
+        n_ties = (differs.any(dim=1) & (gap_there < 1e-4)).sum().item()
+        sums["near_ties"] += n_ties
+        sums["equal"] += len(x) - n_differ + n_ties
+        texts.append(x)
+    return torch.cat(texts), {**sums, "rounds": sums["rounds"] / n, "equal": sums["equal"] / n}
+
+
+def default_temperatures(student, cfg):
+    """--temperature or, where it is not given: with noise argmax; without, the student's own
+    probabilities, and argmax after them, to show how that collapses."""
+    if cfg.temperature is not None:
+        return [cfg.temperature]
+    return [1.0, 0.0] if student.noise == "none" else [0.0]
+
+
+def evaluate(teacher, students, data, cfg):
+    """The rows of results.json: one dict for each model and sampling setting."""
+    n, seq_len, rows = cfg.n_samples, cfg.seq_len, []
+
+    def add(model, nfe, x, start, compare=True, **more):
+        rows.append({"model": model, "nfe": nfe, **more, "seconds": time.perf_counter() - start})
+        scores = compare_with_teacher(x, teacher_text, teacher, cfg.seed)
+        if not compare:  # other draws than the noise decided these texts: nothing to agree about
+            scores = {"teacher_nll": scores["teacher_nll"]}
+        rows[-1].update({**data.judge(x), **scores, "entropy": token_entropy(x), **more})
+
+    start = time.perf_counter()
+    teacher_text = generate(teacher, n, seq_len, cfg.seed)
+    add("teacher", seq_len, teacher_text, start, val_kind="NLL",
+        val_loss=validation_loss(teacher, None, data, cfg))
+    start = time.perf_counter()
+    add("best constant text", 0, teacher_text.mode(dim=0).values.expand(n, seq_len), start)
+    for student in students:
+        val = dict(val_loss=validation_loss(student, teacher, data, cfg),
+                   val_kind="NELBO" if student.noise == "none" else "conditional")
+        temperatures = default_temperatures(student, cfg)
+        for temperature, nfe in itertools.product(temperatures, nfe_list(cfg.nfe)):
+            settings = dict(tau=cfg.tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
+            start = time.perf_counter()
+            x = generate(student, n, seq_len, cfg.seed, nfe=nfe, **settings)
+            add(student.name, nfe, x, start, temperature == 0 and cfg.tau == 1, **settings, **val)
+    for student in [s for s in students if s.noise != "none"] + [None]:
+        start = time.perf_counter()
+        x, report = compare_exact(student, teacher, n, seq_len, cfg.seed)
+        calls = report["rounds"] * (2 if student else 1)        # of student and teacher together
+        add(f"exact, {student.name if student else 'no student'}", calls, x, start, **report)
+    return rows
+
+
+COLUMNS = {"model": "", "nfe": ".4g", "temperature": "g", "valid": ".1%", "distinct": "d",
+           "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
+           "agree_token": ".3f", "shuffled": ".3f", "agree_seq": ".3f", "accept": ".3f",
+           "rounds": ".2f", "equal": ".2%", "val_loss": ".3f", "val_kind": "", "seconds": ".1f"}
+
+
+def print_table(rows):
+    """Rows (dicts) as aligned text, with those of COLUMNS that any row has."""
+    names = [c for c in COLUMNS if any(c in r for r in rows)]
+    lines = [names] + [[format(r[c], COLUMNS[c]) if c in r else "" for c in names] for r in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])]
+        print("  ".join(cells).rstrip())
+
+
+# -----------------------------------------------------------------------------
+# 10. Training: one loop for teacher and student; checkpoints; log
+
+# What decides a trained model: one that is there is reused only if all these are equal.
+TEACHER_SETTINGS = ("seq_len n_layer n_head n_embd dropout batch_size grad_accum max_steps lr "
+                    "warmup schedule ema seed").split()
+STUDENT_SETTINGS = TEACHER_SETTINGS + ["noise", "labels"]
+NOISE_SETTINGS = STUDENT_SETTINGS + ["noise_map", "inject"]
+
+
+def load_checkpoint(path, kind):
+    """A checkpoint as a dict of tensors and plain values; code in the file is refused."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint; check the path, or train it first")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = saved["kind"]
+    except Exception as e:  # torch raises many types for cut-off and foreign files
+        raise UserError(f"{path}: cut off, or no checkpoint of this program "
+                        f"({type(e).__name__}); delete it and train again") from e
+    if found != kind:
+        raise UserError(f"{path}: holds a {found}, but a {kind} is needed here")
+    return saved
+
+
+def load_weights(model, saved, device):
+    """Put a checkpoint's averaged weights into `model`; returns it ready for use."""
+    model.load_state_dict(saved["ema"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_student(saved, device):
+    """The Student of a checkpoint, and its Tokenizer."""
+    tokenizer = Tokenizer(**saved["tokenizer"])
+    student = Student(Config(**saved["config"]), tokenizer.vocab_size)
+    return load_weights(student, saved, device), tokenizer
+
+
+def load_teacher(path, tokenizer, seq_len, device, data_id=None):
+    """A Teacher; UserError if its vocabulary, length or (if given) data are not the caller's."""
+    saved = load_checkpoint(path, "teacher")
+    teacher = Teacher(Config(**saved["config"]), Tokenizer(**saved["tokenizer"]))
+    if saved["tokenizer"] != tokenizer.state:
+        raise UserError(f"{path}: its vocabulary ({teacher.vocab_size} tokens) is not the one here "
+                        f"({tokenizer.vocab_size} tokens); use a teacher of the same data")
+    if saved["config"]["seq_len"] != seq_len:
+        raise UserError(f"{path}: its --seq-len is {saved['config']['seq_len']}, not {seq_len}")
+    if data_id not in (None, saved["settings"]["data"]):
+        raise UserError(f"{path}: was trained on other data; name its own with --teacher, or "
+                        "another --out-dir to train one")
+    return load_weights(teacher, saved, device)
+
+
+def weights_id(model):
+    """A number that models share if and (all but surely) only if their weights are equal."""
+    return f"{sum(p.double().abs().sum().item() for p in model.parameters()):.15g}"
+
+
+def is_finished(saved, settings, path, cfg):
+    """Whether a checkpoint is finished (else to go on with); UserError if it is of another run."""
+    there = saved["settings"]
+    changed = [f"{name} {there.get(name)} there, {value} now" for name, value in settings.items()
+               if there.get(name) != value]
+    if changed:
+        raise UserError(f"{path} was trained with other settings ({'; '.join(changed)}): name "
+                        "another --out-dir, or delete that file")
+    if saved["step"] < cfg.max_steps and not cfg.resume:
+        raise UserError(f"{path} was interrupted at step {saved['step']}/{cfg.max_steps}: add "
+                        "--resume to go on, name another --out-dir, or delete that file")
+    return saved["step"] == cfg.max_steps
+
+
+@contextlib.contextmanager
+def catch_stop():
+    """Yields a list that receives Ctrl-C and SIGTERM, so that a step is never cut in two."""
+    caught = []
+    before = {s: signal.signal(s, lambda number, frame: caught.append(number))
+              for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def learning_rate(cfg, step):
+    """Linear warm-up, then constant or a cosine down to 0."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    if cfg.schedule == "constant":
+        return cfg.lr
+    progress = (step - cfg.warmup) / max(1, cfg.max_steps - cfg.warmup)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def averaging(decay):
+    """Update of torch's AveragedModel; the decay is warmed up, or short runs would average their
+    initial weights."""
+    def update(averaged, current, n):
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
+    return update
+
+
+def train(model, loss_fn, teacher, data, cfg, setting_names):
+    """Train a Teacher or Student, or reuse a finished one, or with --resume go on.
+
+    loss_fn(model, step, piece): loss of one of the cfg.grad_accum pieces of a step's batch. All its
+    draws are keyed by (seed, step, piece), so the step is all there is to save of the random state.
+    Returns: the model with averaged weights, in eval mode
+    """
+    path, log_path = (os.path.join(cfg.out_dir, name) for name in (model.file, "log.jsonl"))
+    kind = "teacher" if isinstance(model, Teacher) else "student"
+    settings = {**{k: getattr(cfg, k) for k in setting_names}, "data": data.fingerprint,
+                "teacher": weights_id(teacher) if teacher else None}
+    saved = load_checkpoint(path, kind) if os.path.exists(path) else None
+    if saved and is_finished(saved, settings, path, cfg):
+        print(f"{model.name}: {path} is finished, reused")
+        return load_weights(model, saved, cfg.device)
+    model.to(cfg.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=averaging(cfg.ema))
+    step = 0
+    if saved:
+        step = saved["step"]
+        model.load_state_dict(saved["model"])
+        ema.module.load_state_dict(saved["ema"])
+        ema.n_averaged.fill_(step)
+        optimizer.load_state_dict(saved["optimizer"])
+        print(f"{model.name}: {path} goes on from step {step}")
+
+    def save():
+        state = dict(kind=kind, step=step, settings=settings, config=dataclasses.asdict(cfg),
+                     tokenizer=data.tokenizer.state, model=model.state_dict(),
+                     ema=ema.module.state_dict(), optimizer=optimizer.state_dict(),
+                     versions=dict(torch=str(torch.__version__), python=platform.python_version()))
+        torch.save(state, path + ".tmp")
+        os.replace(path + ".tmp", path)  # a write that is cut off leaves the last checkpoint whole
+
+    if cfg.compile:
+        for block in model.net.blocks:
+            block.compile()
+    is_bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and cfg.device == "cuda")
+    n_params, n_tokens = sum(p.numel() for p in model.parameters()), cfg.batch_size * cfg.seq_len
+    print(f"{model.name}: device {cfg.device} | {'bfloat16' if is_bf16 else 'float32'} | "
+          f"{n_params / 1e6:.2f}M params | {n_tokens:,} tokens/step | "
+          f"uniform loss ln V = {math.log(model.vocab_size):.2f} nats")
+    start, first, losses = time.time(), step, []
+    with catch_stop() as stop:
+        while step < cfg.max_steps and not stop:
+            loss = 0.0
+            for piece in range(cfg.grad_accum):
+                torch.manual_seed(rng(cfg.seed, "dropout", step, piece).initial_seed())
+                with torch.autocast(cfg.device, torch.bfloat16, enabled=is_bf16):
+                    piece_loss = loss_fn(model, step, piece) / cfg.grad_accum
+                piece_loss.backward()
+                loss += piece_loss.item()
+            grad = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            if not math.isfinite(loss + grad):
+                raise UserError(f"{model.name}: loss {loss}, gradient norm {grad} at step {step}; "
+                                f"the last checkpoint is kept in {cfg.out_dir}. Try a lower --lr "
+                                f"(now {cfg.lr:g}) or a longer --warmup")
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update_parameters(model)
+            losses.append(loss)
+            step += 1
+            if step % cfg.eval_every == 0 or step == cfg.max_steps:
+                save()
+                val = validation_loss(ema.module.eval(), teacher, data, cfg)
+                seconds = time.time() - start
+                speed = (step - first) * n_tokens / seconds
+                left = round((cfg.max_steps - step) * n_tokens / speed)
+                row = dict(model=model.name, step=step, loss=sum(losses) / len(losses), val=val,
+                           lr=lr, grad=grad, tok_s=speed, seconds=seconds)
+                print(f"step {step:6d}/{cfg.max_steps} {step / cfg.max_steps:6.1%} | "
+                      f"loss {row['loss']:.4f} | val {val:.4f} nats/token | lr {lr:.1e} | "
+                      f"grad {grad:.2f} | {speed / 1e3:.1f}k tok/s | "
+                      f"eta {left // 60}:{left % 60:02d}", flush=True)
+                with open(log_path, "a") as f:
+                    f.write(json.dumps(row) + "\n")
+                losses = []
+    if step < cfg.max_steps:
+        save()
+        raise UserError(f"{model.name}: stopped at step {step}/{cfg.max_steps}, saved in {path}; "
+                        "the same command with --resume goes on", code=128 + stop[0])
+    return load_weights(model, {"ema": ema.module.state_dict()}, cfg.device)
+
+
+def prepare(cfg):
+    """What every training command starts with: checked settings, data, the folder of the run."""
+    cfg = resolve(cfg)
+    data = load_data(cfg)
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        with open(os.path.join(cfg.out_dir, "log.jsonl"), "a"):
+            pass
+    except OSError as e:
+        raise UserError(f"--out-dir {cfg.out_dir}: cannot be written ({e.strerror})") from e
+    return cfg, data
+
+
+def train_teacher(cfg, data):
+    """The AR teacher of this run's folder, trained, resumed or reused."""
+    cfg = dataclasses.replace(cfg, max_steps=cfg.teacher_steps)
+
+    def loss_fn(model, step, piece):
+        g = rng(cfg.seed, "batch", step, piece)
+        index = torch.randint(data.n_train, (cfg.batch_size // cfg.grad_accum,), generator=g)
+        return teacher_loss(model, data.rows(index).to(cfg.device))
+
+    torch.manual_seed(cfg.seed)
+    return train(Teacher(cfg, data.tokenizer), loss_fn, None, data, cfg, TEACHER_SETTINGS)
+
+
+def get_teacher(cfg, data):
+    """The teacher at --teacher, or the finished one in the run's folder, or one trained there."""
+    path = cfg.teacher or os.path.join(cfg.out_dir, "teacher.pt")
+    if not cfg.teacher:
+        saved = load_checkpoint(path, "teacher") if os.path.exists(path) else None
+        if saved is None or saved["step"] < saved["config"]["max_steps"]:
+            return train_teacher(cfg, data)
+    print(f"teacher: {path}")
+    return load_teacher(path, data.tokenizer, cfg.seq_len, cfg.device, data.fingerprint)
+
+
+def teacher_data(teacher, data, cfg):
+    """Serial extraction of a training set: the teacher's own texts, as Data.
+
+    Text i is what sequence_noise((seed, "labels"), i) makes of the teacher: only a seed is kept.
+    """
+    n, texts = min(len(data.train) // cfg.seq_len, cfg.max_steps * cfg.batch_size), []
+    batches = sampling_batches(n, cfg.seq_len, teacher.vocab_size)
+    for index in tqdm(batches, desc="serial extraction", disable=None):
+        xi, _ = sequence_noise((cfg.seed, "labels"), index, cfg.seq_len, teacher)
+        texts.append(serial_extraction(teacher, xi)[0].cpu().numpy().astype(np.uint16))
+    return Data(np.concatenate(texts).ravel(), data.val, cfg.seq_len, data.tokenizer, cfg.seq_len)
+
+
+def train_student(cfg, teacher, data):
+    """The student with cfg.noise (a single one), trained, resumed or reused."""
+    source = teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
+    size = cfg.batch_size // cfg.grad_accum
+
+    def loss_fn(model, step, piece):
+        g = rng(cfg.seed, "batch", step, piece)
+        index = torch.randint(source.n_train, (size,), generator=g)
+        strata = torch.arange(piece * size, (piece + 1) * size)
+        t = stratified_time(strata, cfg.batch_size, torch.rand(size, generator=g)).to(cfg.device)
+        xi = None
+        if cfg.labels == "teacher" and cfg.noise != "none":
+            xi, _ = sequence_noise((cfg.seed, "labels"), index, cfg.seq_len, model)
+        g = rng(cfg.seed, "noise", step, piece, device=cfg.device)
+        return student_loss(model, teacher, source.rows(index).to(cfg.device), t, g, xi)
+
+    count = np.bincount(source.train, minlength=teacher.vocab_size) + 1.0
+    torch.manual_seed(cfg.seed)
+    model = Student(cfg, teacher.vocab_size, torch.tensor(count / count.sum()).log().float())
+    return train(model, loss_fn, teacher, data, cfg,
+                 STUDENT_SETTINGS if cfg.noise == "none" else NOISE_SETTINGS)
+
+
+def run(cfg):
+    """The whole experiment: data, teacher, a student for each noise, table; returns its rows."""
+    start = time.time()
+    cfg, data = prepare(cfg)
+    teacher = get_teacher(cfg, data)
+    students = [train_student(dataclasses.replace(cfg, noise=noise), teacher, data)
+                for noise in cfg.noise.split(",")]
+    rows = evaluate(teacher, students, data, cfg)
+    path = os.path.join(cfg.out_dir, "results.json")
+    with open(path, "w") as f:
+        json.dump(rows, f, indent=1)
+    print_table(rows)
+    nfe = nfe_list(cfg.nfe)[-1]
+    for student in students:
+        x = generate(student, 1, cfg.seq_len, cfg.seed, nfe=nfe, order=cfg.order,
+                     temperature=default_temperatures(student, cfg)[0])
+        print(f"\n{student.name}, nfe {nfe}:\n{show(x[0], cfg.dataset, data.tokenizer)}")
+    print(f"\n{path} written; {time.time() - start:.0f} s in all")
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# 11. Command line
+
+def add_flags(parser, *names):
+    """A flag for each named field of Config, or for all."""
+    for f in dataclasses.fields(Config):
+        if names and f.name not in names:
+            continue
+        text, choices = f.metadata["help"], f.metadata["choices"]
+        if f.type is bool:
+            parser.add_argument(flag(f.name), action="store_true", help=text)
+            continue
+        presets = [f"{d} {p[f.name]}" for d, p in PRESETS.items() if f.name in p]
+        default = ", ".join(presets) if f.default is None else f.default
+        parser.add_argument(flag(f.name), type=f.type, default=f.default,
+                            metavar="{" + ",".join(choices) + "}" if choices else f.type.__name__,
+                            help=f"{text} ({default})" if default != "" else text)
+    return parser
+
+
+def run_cli(main):
+    """Call main(); what a user can cause becomes one line on stderr, without a traceback."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as e:  # CUDA's out-of-memory error is a RuntimeError too
+        text = str(e).splitlines()[0] if str(e) else ""
+        if not isinstance(e, MemoryError) and "memory" not in text:
+            raise
+        print("error: out of memory: lower --batch-size, or split the batch into more pieces with "
+              f"--grad-accum ({text or 'MemoryError'})", file=sys.stderr)
+        sys.exit(1)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Gumbel Distillation: trains a teacher and students, and prints how well each "
+        "generates. In brackets: defaults, for each dataset where they differ.")
+    run(Config(**vars(add_flags(parser).parse_args())))
+
+
+if __name__ == "__main__":
+    run_cli(main)

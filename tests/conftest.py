@@ -1,0 +1,78 @@
+"""Shared by all tests: tiny models, real text where it is at hand, one maze run per session."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import gumbel_distill as gd  # noqa: E402
+
+
+class Letters:
+    """A tokenizer's face for tests that need only numbers."""
+    vocab_size = bos_id = 7
+    state = {"words": list("abcdefg"), "sep": ""}
+
+
+def tiny_config(**more):
+    given = dict(seq_len=6, n_layer=2, n_head=2, n_embd=16, dropout=0.0, noise="gumbel",
+                 noise_map="raw", max_steps=4, batch_size=4, lr=1e-2, warmup=2, eval_every=2)
+    return gd.Config(**{**given, **more})
+
+
+def sharpened(model, scale=30.0):
+    """Random weights give nearly uniform outputs; this makes them differ."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(scale if p is model.net.head.weight else 5.0)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny():
+    """A random teacher and a random noise-conditioned student, V = 7, T = 6, in float64."""
+    torch.manual_seed(0)
+    cfg = tiny_config()
+    teacher = sharpened(gd.Teacher(cfg, Letters).double())
+    student = sharpened(gd.Student(cfg, Letters.vocab_size).double())
+    return cfg, teacher, student
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder named by GD_TEST_DATA: real text and GPT-2's BPE files, not in this repository."""
+    folder = os.environ.get("GD_TEST_DATA", "")
+    if not os.path.isdir(folder):
+        pytest.skip("GD_TEST_DATA names no folder with real text")
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", os.path.join(folder, "tiktoken_cache"))
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def maze_run(tmp_path_factory):
+    """One short run of the default experiment: (folder, rows of its table)."""
+    folder = tmp_path_factory.mktemp("maze")
+    rows = gd.run(gd.Config(max_steps=600, eval_every=300, n_samples=1000, nfe="1,3",
+                            out_dir=str(folder)))
+    return folder, rows
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """cli(main, *args) -> (exit status, stdout, stderr) of a command-line call in this process."""
+    def call(main, *args):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
+        status = 0
+        try:
+            gd.run_cli(main)
+        except SystemExit as e:
+            status = e.code
+        out, err = capsys.readouterr()
+        return status, out, err
+    return call

@@ -1,0 +1,188 @@
+"""The commands, from the shell's side.   python -m pytest tests/test_cli.py"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import gumbel_distill as gd
+import sample
+import train_teacher
+from conftest import ROOT
+
+TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --batch-size 8 --max-steps 4 --eval-every 2 --warmup 1 "
+        "--n-samples 20").split()
+
+
+def text_file(folder, text="to be or not to be\n" * 40):
+    path = folder / "text.txt"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+@pytest.mark.parametrize("script", ["gumbel_distill.py", "train_teacher.py", "sample.py"])
+def test_help_answers_without_the_slow_imports(script):
+    code = (f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
+            f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+            "except SystemExit: pass\n"
+            "slow = {'datasets', 'tiktoken', 'mauve', 'transformers', 'matplotlib'}\n"
+            "print('SLOW', sorted(slow & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "--seed" in done.stdout and "SLOW []" in done.stdout
+
+
+def test_every_flag_means_the_same_in_every_script(cli, monkeypatch):
+    """A flag's block of the help text, up to the next flag, is one and the same."""
+    monkeypatch.setenv("COLUMNS", "100")
+    blocks = {}
+    for main in (gd.main, train_teacher.main, sample.main):
+        for block in re.split(r"\n  (?=-)", cli(main, "--help")[1])[1:]:
+            blocks.setdefault(block.split()[0], []).append(" ".join(block.split()))
+    shared = {flag: texts for flag, texts in blocks.items() if len(texts) > 1}
+    assert len(shared) > 20 and all(len(set(texts)) == 1 for texts in shared.values())
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--dataset", "mazes"], "--dataset mazes: choose from maze, cities, text"),
+    (["--noise", "none,pink"], "--noise none,pink: choose from none, gumbel"),
+    (["--nfe", "0"], "--nfe 0"), (["--nfe", "1,x"], "--nfe 1,x"),
+    (["--tau", "-1"], "--tau -1.0: must lie between"), (["--top-p", "2"], "--top-p 2.0"),
+    (["--n-samples", "0"], "--n-samples 0"), (["--batch-size", "0"], "--batch-size 0"),
+    (["--batch-size", "10", "--grad-accum", "4"], "--grad-accum 4"),
+    (["--n-embd", "30"], "multiple of 4"), (["--order", "right"], "--order right"),
+    (["--train-files", "x"], "--train-files goes with --dataset text"),
+    (["--dataset", "text"], "--dataset text needs --train-files"),
+    (["--dataset", "text", "--train-files", "no/such/*.txt"], "no/such/*.txt: no file matches"),
+    (["--teacher", "no/such.pt"], "no/such.pt: no such checkpoint"),
+    (["--out-dir", "/proc/nowhere"], "--out-dir /proc/nowhere: cannot be written"),
+])
+def test_bad_arguments_get_one_clear_line(args, said, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = cli(gd.main, *args)
+    assert status == 1 and said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(gd.torch.cuda.is_available(), reason="there is a CUDA GPU here")
+def test_a_gpu_that_is_not_there_is_named(cli):
+    status, _, err = cli(gd.main, "--device", "cuda")
+    assert status == 1 and "--device cuda" in err and "--device cpu" in err
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "empty"), ("  \n", "empty"), (b"\xff\xfe\x00b", "UTF-8"), (b"ab\0cd", "binary"),
+    ("short", "tokens, too few")])
+def test_unusable_text_is_refused_by_name(text, said, cli, tmp_path):
+    path = text_file(tmp_path, text)
+    status, _, err = cli(gd.main, "--dataset", "text", "--train-files", path, "--out-dir",
+                         tmp_path / "run")
+    assert status == 1 and said in err
+    assert said == "tokens, too few" or str(path) in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_character_outside_the_vocabulary_is_named(cli, tmp_path):
+    val = tmp_path / "val.txt"
+    val.write_text("to be Ω" * 100)
+    status, _, err = cli(gd.main, "--dataset", "text", "--train-files", text_file(tmp_path),
+                         "--val-files", val)
+    assert status == 1 and "'Ω'" in err and "--val-files" in err
+
+
+def test_gpt2_tokens_without_a_network_say_what_to_do(cli, tmp_path, monkeypatch):
+    import tiktoken
+
+    def offline(name):
+        raise ConnectionError("no route")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    status, _, err = cli(gd.main, "--dataset", "text", "--train-files", text_file(tmp_path),
+                         "--tokenizer", "gpt2")
+    assert status == 1 and "TIKTOKEN_CACHE_DIR" in err and "--tokenizer char" in err
+
+
+def test_out_of_memory_names_the_flags(cli):
+    def greedy():
+        gd.torch.empty(2**60, dtype=gd.torch.uint8)
+    status, _, err = cli(greedy)
+    assert status == 1 and "--batch-size" in err and "--grad-accum" in err
+
+
+def test_a_programming_error_keeps_its_traceback(cli):
+    def broken():
+        raise RuntimeError("shapes disagree")
+    with pytest.raises(RuntimeError):
+        cli(broken)
+
+
+def test_text_end_to_end_in_a_few_steps(cli, tmp_path):
+    out = tmp_path / "run"
+    common = ["--dataset", "text", "--train-files", text_file(tmp_path), "--seq-len", 8,
+              "--out-dir", out, *TINY]
+    status, said, _ = cli(train_teacher.main, *common)
+    assert status == 0 and "20 samples: val_loss" in said
+    noises = "none,gumbel,gaussian,uniform,independent"
+    status, said, err = cli(gd.main, *common, "--noise", noises, "--nfe", "1,2")
+    assert status == 0, err
+    rows = json.loads((out / "results.json").read_text())
+    models = {r["model"] for r in rows}
+    assert {"teacher", "mdlm", "gumbel", "gaussian", "uniform", "independent", "best constant text",
+            "exact, gumbel", "exact, no student"} <= models
+    gumbel = next(r for r in rows if r["model"] == "gumbel")
+    assert {"nfe", "temperature", "tau", "agree_token", "agree_seq", "accept", "teacher_nll",
+            "entropy", "val_loss", "seconds"} < gumbel.keys()
+    assert gumbel["val_kind"] == "conditional"
+    assert next(r for r in rows if r["model"] == "mdlm")["val_kind"] == "NELBO"
+    exact = next(r for r in rows if r["model"] == "exact, gumbel")
+    assert exact["equal"] == 1 and 1 <= exact["rounds"] <= 8
+
+    ckpt = out / "student-gumbel.pt"
+    call = ["--ckpt", ckpt, "-n", 3, "--nfe", 2, "--prompt", "to b"]
+    status, said, _ = cli(sample.main, *call)
+    assert status == 0 and said.count("to b") == 3
+    assert cli(sample.main, *call)[1] == said
+    assert cli(sample.main, *call, "--seed", 1, "--temperature", 1)[1] != said
+    for args, text in ((["--prompt", "xyz"], "'x'"), (["--prompt", "to be or not"], "12 tokens"),
+                       (["-n", 0], "--n-samples 0"), (["--nfe", 0], "--nfe 0"),
+                       (["--exact", "--tau", 0.5], "--tau 1"),
+                       (["--ckpt", out / "teacher.pt"], "holds a teacher"),
+                       (["--exact", "--teacher", ckpt], "holds a student")):
+        status, _, err = cli(sample.main, "--ckpt", ckpt, *args)
+        assert status == 1 and text in err and err.count("\n") == 1
+    status, said, _ = cli(sample.main, "--ckpt", ckpt, "--exact", "-n", 30)
+    assert status == 0 and "equal to serial 30 of 30" in said and "rounds per text" in said
+
+    (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:1000])
+    status, _, err = cli(sample.main, "--ckpt", tmp_path / "cut.pt")
+    assert status == 1 and "cut off" in err
+
+
+def test_teachers_of_other_data_or_vocabulary_or_length_are_refused(cli, tmp_path):
+    def call(main, text, name, *args):
+        path = tmp_path / f"{name}.txt"
+        path.write_text(text)
+        return cli(main, "--dataset", "text", "--train-files", path, *TINY, *args)
+    out = ["--out-dir", tmp_path / "run"]
+    text = "to be or not to be\n" * 40
+    assert call(train_teacher.main, text, "a", "--seq-len", 8, *out)[0] == 0
+    for name, other, length, said in (("b", text[::-1], 8, "other data"),
+                                      ("c", text, 6, "--seq-len"),
+                                      ("d", text + "xyz", 8, "vocabulary")):
+        status, _, err = call(gd.main, other, name, "--seq-len", length, *out)
+        assert status == 1 and said in err and "teacher.pt" in err
+
+
+def test_sample_without_any_student_says_what_to_do(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = cli(sample.main)
+    assert status == 1 and "python gumbel_distill.py" in err
+
+
+def test_sample_takes_the_newest_student(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["--dataset", "text", "--train-files", text_file(tmp_path), "--seq-len", 8, *TINY]
+    for folder in ("out/a", "out/b"):
+        assert cli(gd.main, *common, "--out-dir", folder, "--noise", "gumbel", "--nfe", 1)[0] == 0
+    os.utime("out/a/student-gumbel.pt")
+    assert "out/a/student-gumbel.pt: gumbel" in cli(sample.main)[1]

@@ -1,0 +1,166 @@
+"""Laws of the noise.   python -m pytest tests/test_gumbel.py"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import gumbel_distill as gd
+
+LOGP = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01], dtype=torch.float64).log()
+KS_LIMIT = 1.95  # sqrt(n) times the Kolmogorov-Smirnov distance exceeds this with probability 1e-3
+
+
+def gumbel_cdf(x):
+    return np.exp(-np.exp(-x))
+
+
+def ks_one_sample(sample, cdf):
+    """sqrt(n) sup |empirical - cdf|"""
+    x = np.sort(np.asarray(sample, dtype=np.float64))
+    n, f = len(x), cdf(x)
+    grid = np.arange(n + 1) / n
+    return math.sqrt(n) * max(np.abs(f - grid[1:]).max(), np.abs(f - grid[:-1]).max())
+
+
+def ks_two_sample(a, b):
+    """sqrt(nm / (n + m)) sup |empirical a - empirical b|"""
+    a, b = np.sort(np.asarray(a)), np.sort(np.asarray(b))
+    both = np.concatenate([a, b])
+    distance = np.abs(np.searchsorted(a, both, "right") / len(a)
+                      - np.searchsorted(b, both, "right") / len(b)).max()
+    return math.sqrt(len(a) * len(b) / (len(a) + len(b))) * distance
+
+
+def pinned_coupling(logp, x0, generator):
+    """The biased way: free losers, then a winner pinned above them. Right token, wrong law."""
+    xi = gd.sample_gumbel(logp.shape, generator, logp.dtype)
+    best = (logp + xi).amax(-1)
+    winner = x0[..., None]
+    pinned = best[..., None] + 0.1 - logp.gather(-1, winner)
+    return xi.scatter(-1, winner, torch.maximum(pinned, xi.gather(-1, winner)))
+
+
+def rejection_statistics(coupling, token):
+    """KS statistics, one per token: a coupling's noise against prior noise with argmax = token."""
+    g = gd.rng("rejection", token)
+    xi = gd.sample_gumbel((400_000, 5), g, torch.float64)
+    kept = xi[(LOGP + xi).argmax(-1) == token][:20_000]
+    x0 = torch.full((20_000,), token)
+    drawn = coupling(LOGP.expand(len(x0), 5), x0, g)
+    return [ks_two_sample(kept[:, k], drawn[:, k]) for k in range(5)]
+
+
+def test_gumbel_noise_has_the_gumbel_law():
+    xi = gd.sample_gumbel((200_000,), gd.rng("law"))
+    assert xi.dtype == torch.float32
+    assert ks_one_sample(xi, gumbel_cdf) < KS_LIMIT
+
+
+def test_float32_noise_has_its_far_tail_and_no_infinities():
+    g, largest, n = gd.rng("tail"), -math.inf, 0
+    for _ in range(8):
+        xi = gd.sample_gumbel((10_000_000,), g)
+        assert xi.isfinite().all()
+        largest, n = max(largest, xi.max().item()), n + (xi > 15).sum().item()
+    assert largest > 16.7  # -log(-log(U)) of a float32 uniform ends at 16.6
+    assert abs(n - 8e7 * math.exp(-15)) < 4 * math.sqrt(8e7 * math.exp(-15))
+
+
+def test_argmax_frequencies_are_the_softmax():
+    xi = gd.sample_gumbel((200_000, 5), gd.rng("argmax"), torch.float64)
+    share = (LOGP + xi).argmax(-1).bincount(minlength=5) / 200_000
+    assert (share - LOGP.exp()).abs().max() < 4 * math.sqrt(0.25 / 200_000)
+
+
+def test_posterior_noise_always_gives_the_token():
+    g = gd.rng("always")
+    logp = torch.randn(100_000, 5, generator=g, dtype=torch.float64).mul(5).log_softmax(-1)
+    x0 = torch.randint(5, (100_000,), generator=g)
+    assert ((logp + gd.posterior_gumbel(logp, x0, g)).argmax(-1) == x0).all()
+
+
+def test_posterior_noise_gives_the_token_in_float32_but_for_rounding():
+    g = gd.rng("float32")
+    logp = torch.randn(400_000, 5, generator=g).mul(5).log_softmax(-1)
+    x0 = torch.distributions.Categorical(logits=logp).sample()
+    wrong = (logp + gd.posterior_gumbel(logp, x0, g)).argmax(-1) != x0
+    assert wrong.sum() <= 8
+
+
+@pytest.mark.parametrize("token", [0, 1, 4])
+def test_posterior_is_what_rejection_keeps(token):
+    assert max(rejection_statistics(gd.posterior_gumbel, token)) < KS_LIMIT
+
+
+def test_rejection_catches_the_pinned_coupling():
+    assert max(rejection_statistics(pinned_coupling, 1)) > 5 * KS_LIMIT
+
+
+def test_posterior_noise_of_the_teachers_own_tokens_is_iid_gumbel():
+    g = gd.rng("marginal")
+    logp = LOGP.expand(100_000, 5)
+    x0 = (logp + gd.sample_gumbel(logp.shape, g, torch.float64)).argmax(-1)
+    xi = gd.posterior_gumbel(logp, x0, g)
+    assert max(ks_one_sample(xi[:, k], gumbel_cdf) for k in range(5)) < KS_LIMIT
+    off_diagonal = torch.corrcoef(xi.T) - torch.eye(5)
+    assert off_diagonal.abs().max() < 4.5 / math.sqrt(100_000)
+
+
+def test_posterior_is_the_papers_formula():
+    x0 = torch.tensor([2])
+    xi = gd.posterior_gumbel(LOGP[None], x0, gd.rng("formula"))
+    g = gd.rng("formula")
+    zeta = -gd.sample_exponential((1, 5), g, torch.float64).log()
+    zeta0 = -gd.sample_exponential((1,), g, torch.float64).log()
+    expected = -torch.log(torch.exp(-zeta) + LOGP.exp() * torch.exp(-zeta0))
+    expected[0, 2] = zeta0 - LOGP[2]
+    assert torch.allclose(xi, expected)
+
+
+def test_posterior_survives_a_token_the_teacher_all_but_excludes():
+    logp = torch.tensor([[0.0, -1e4]])
+    xi = gd.posterior_gumbel(logp, torch.tensor([1]), gd.rng("rare"))
+    assert xi.isfinite().all() and (logp + xi).argmax() == 1
+
+
+def test_posterior_refuses_shapes_that_disagree():
+    with pytest.raises(ValueError, match="disagree"):
+        gd.posterior_gumbel(LOGP.expand(3, 5), torch.zeros(4, dtype=torch.long), gd.rng(0))
+
+
+def test_same_generator_state_same_noise():
+    a = gd.posterior_gumbel(LOGP[None], torch.tensor([1]), gd.rng(3, "x"))
+    b = gd.posterior_gumbel(LOGP[None], torch.tensor([1]), gd.rng(3, "x"))
+    c = gd.posterior_gumbel(LOGP[None], torch.tensor([1]), gd.rng(4, "x"))
+    assert a.equal(b) and not a.equal(c)
+
+
+def test_straight_flow_inequality_holds_for_the_posterior_and_for_the_biased_coupling():
+    """xi1[k1] - xi2[k1] > xi1[k2] - xi2[k2] for winners k1 != k2: it sees winners only, so it
+    cannot tell the biased coupling from the posterior."""
+    logp = LOGP.expand(50_000, 5)
+    for coupling in (gd.posterior_gumbel, pinned_coupling):
+        g = gd.rng("straight")
+        k1, k2 = torch.randint(5, (2, 50_000), generator=g)
+        difference = coupling(logp, k1, g) - coupling(logp, k2, g)
+        at = difference.gather(1, k1[:, None]) - difference.gather(1, k2[:, None])
+        assert (at[k1 != k2] > 0).all()
+
+
+@pytest.mark.parametrize("noise, cdf", [
+    ("uniform", lambda x: x.clip(0, 1)), ("gumbel", gumbel_cdf),
+    ("gaussian", lambda x: torch.special.ndtr(torch.from_numpy(x)).numpy())])
+def test_changed_noise_has_the_law_it_is_named_after(noise, cdf):
+    xi = gd.sample_gumbel((200_000,), gd.rng("change"))
+    assert ks_one_sample(gd.change_noise(xi, noise), cdf) < KS_LIMIT
+
+
+@pytest.mark.parametrize("noise", ["uniform", "gaussian"])
+def test_changed_noise_keeps_ranks_and_stays_finite(noise):
+    xi = torch.linspace(-4.4, 200, 5000)  # fresh noise spans -3.5 to 36; a rare token's is larger
+    z = gd.change_noise(xi, noise)
+    assert z.isfinite().all() and (z.diff() >= 0).all()
+    if noise == "gaussian":  # resolves both tails, where 1 - F would have rounded to 0 or 1
+        assert z[xi < 30].diff().min() > 0

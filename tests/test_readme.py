@@ -1,0 +1,58 @@
+"""What the README names exists, its commands run.   python -m pytest tests/test_readme.py"""
+
+import re
+import shlex
+
+import pytest
+
+import gumbel_distill as gd
+import sample
+import train_teacher
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {"gumbel_distill.py": gd.main, "train_teacher.py": train_teacher.main,
+           "sample.py": sample.main}
+SMALL = ("--n-layer 1 --n-head 2 --n-embd 16 --max-steps 4 --eval-every 4 --warmup 1 "
+         "--n-samples 20").split()
+
+
+def test_everything_the_readme_names_exists():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    code = (ROOT / "gumbel_distill.py").read_text()
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert f"def {name}(" in tests, name
+    rows = README[README.index("## The paper and the code"):README.index("**Exact mode.**")]
+    for row in re.findall(r"^\|(.*)\|$", rows, re.M)[2:]:
+        for name in re.findall(r"`(\w+)`", row.split("|")[1]):
+            assert re.search(rf"^(def|class) {name}\b", code, re.M), name
+    for name in re.findall(r"\]\((?!http)([\w./-]+)\)", README):
+        assert (ROOT / name).exists(), name
+    flags = {gd.flag(name) for name in gd.Config.__dataclass_fields__} | {"--exact", "--help"}
+    own = re.sub(r"pip install.*", "", README.replace("--index-url", ""))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", own)) <= flags
+
+
+def test_every_command_of_the_readme_runs(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input.txt").write_text("to be or not to be, that is the question.\n" * 40)
+    commands = re.findall(r"python ((?:gumbel_distill|train_teacher|sample)\.py[^`\n]*)", README)
+    assert len(commands) >= 7
+    for command in commands:
+        # S and MAP stand for a seed and a noise map
+        words = shlex.split(re.sub(r"\bMAP\b", "softmax", re.sub(r"\bS\b", "0", command)))
+        small = [] if words[0] == "sample.py" else SMALL
+        status, _, err = cli(SCRIPTS[words[0]], *words[1:], *small)
+        assert status == 0, (command, err)
+
+
+def test_the_test_command_is_what_ci_runs():
+    assert 'pip install -e ".[dev]" && python -m pytest' in README
+    assert 'pip install -e ".[dev]" && python -m pytest' in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts_name_only_commands_that_parse(script, cli):
+    for command in re.findall(r"    python (\w+\.py)([^#\n]*)", (ROOT / script).read_text()):
+        status, said, err = cli(SCRIPTS[command[0]], *shlex.split(command[1]), "--help")
+        assert status == 0 and "--seed" in said, err

@@ -1,0 +1,182 @@
+"""Laws of the samplers.   python -m pytest tests/test_sampling.py"""
+
+import math
+
+import pytest
+import torch
+
+import gumbel_distill as gd
+from conftest import Letters, tiny_config
+
+V, T = Letters.vocab_size, 6
+
+
+def draws(n, seed=0):
+    return gd.sequence_noise(seed, torch.arange(n), T, Recorder(torch.zeros(T, V)).double())
+
+
+class Recorder(torch.nn.Module):
+    """Stands in for a student: fixed logits (T, V), and remembers what it was shown."""
+    mask_id = vocab_size = V
+    noise = "none"
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.seen = torch.nn.Parameter(logits), []
+
+    def forward(self, xt, xi):
+        self.seen.append(xt == V)
+        return self.logits.expand(len(xt), T, V)[xt == V]
+
+
+@pytest.mark.parametrize("order", ["random", "confidence", "left"])
+@pytest.mark.parametrize("nfe", [1, 2, 5, 6, 40])
+def test_nothing_stays_masked_and_known_tokens_stay(order, nfe, tiny):
+    _, _, student = tiny
+    xi, u = draws(20)
+    xt = torch.full((20, T), V)
+    xt[:, 2], xt[:10, 5] = 3, 1
+    x = gd.sample(student, xi, u, nfe, order=order, temperature=1.0, xt=xt)
+    assert (x < V).all() and (x[:, 2] == 3).all() and (x[:10, 5] == 1).all()
+
+
+@pytest.mark.parametrize("order", ["confidence", "left"])
+def test_equal_numbers_are_filled_each_step(order):
+    student = Recorder(torch.randn(T, V, generator=gd.rng(1)))
+    gd.sample(student, *draws(3), 3, order=order)
+    assert [m.sum(1).tolist() for m in student.seen] == [[6] * 3, [4] * 3, [2] * 3]
+
+
+def test_left_goes_left_to_right_and_confidence_takes_the_surest_first():
+    logits = torch.zeros(T, V)
+    logits[:, 0] = torch.tensor([1.0, 5, 2, 6, 3, 4])
+    left, confident = Recorder(logits), Recorder(logits)
+    gd.sample(left, *draws(1), T, order="left")
+    gd.sample(confident, *draws(1), T, order="confidence")
+    assert [m[0].long().argmax().item() for m in left.seen] == [0, 1, 2, 3, 4, 5]
+    filled = [(a & ~b)[0].nonzero().item() for a, b in zip(confident.seen, confident.seen[1:])]
+    assert filled == [3, 1, 5, 4, 2]
+
+
+def test_random_order_has_the_ancestral_law():
+    """From time t to s a masked token is filled with probability (t - s) / t: a text's counts per
+    step are multinomial, each step as likely as another. Time runs from all masked to none."""
+    student, n = Recorder(torch.zeros(T, V)), 20_000
+    gd.sample(student, *draws(n), 4)
+    masked = torch.stack(student.seen + [torch.zeros(n, T, dtype=torch.bool)]).double()
+    assert masked[0].all()
+    share = masked.mean((1, 2))
+    assert torch.allclose(share, torch.tensor([1, 0.75, 0.5, 0.25, 0]).double(), atol=0.006)
+    variance = masked[2].sum(1).var()  # binomial, not a fixed number
+    assert variance == pytest.approx(T * 0.25, rel=0.05)
+
+
+def test_temperature_one_draws_the_students_probabilities_and_zero_the_argmax():
+    logits = torch.randn(1, V, generator=gd.rng(2)).mul(2).expand(T, V)
+    n = 10_000
+    x = gd.sample(Recorder(logits), *draws(n), 2, temperature=1.0)
+    share = x.flatten().bincount(minlength=V) / x.numel()
+    assert (share - logits[0].softmax(0)).abs().max() < 4.5 * math.sqrt(0.25 / x.numel())
+    assert (gd.sample(Recorder(logits), *draws(9), 2) == logits[0].argmax()).all()
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15, 0.0, 0.0])
+    u = torch.linspace(0, 1 - 1e-9, 10_001, dtype=torch.float64)
+    for top_p, kept in ((0.3, {1}), (0.5, {1, 3}), (0.75, {1, 3, 4}), (1.0, {0, 1, 2, 3, 4})):
+        x = gd.draw_tokens(p.log().expand(len(u), V), u, 1.0, top_p)
+        assert set(x.tolist()) == kept
+        assert (x == 1).double().mean() == pytest.approx(0.4 / p[list(kept)].sum().item(), abs=1e-3)
+
+
+def test_text_depends_on_seed_and_number_alone_at_any_batch_size(tiny, monkeypatch):
+    _, teacher, student = tiny
+    for model, settings in ((student, dict(nfe=3, temperature=1.0, top_p=0.9)), (teacher, {})):
+        whole = gd.generate(model, 12, T, seed=5, **settings)
+        monkeypatch.setattr(gd, "sampling_batches", lambda n, *_: torch.arange(n).split(5))
+        assert gd.generate(model, 12, T, seed=5, **settings).equal(whole)
+        assert gd.generate(model, 7, T, seed=5, **settings).equal(whole[:7])
+        assert not gd.generate(model, 12, T, seed=6, **settings).equal(whole)
+        monkeypatch.undo()
+
+
+def test_tau_zero_temperature_zero_and_confidence_order_give_one_text(tiny):
+    _, _, student = tiny
+    x = gd.generate(student, 30, T, nfe=4, tau=0.0, order="confidence")
+    assert (x == x[0]).all()
+    assert not (gd.generate(student, 30, T, nfe=4, order="confidence") == x[0]).all()
+
+
+@pytest.mark.parametrize("n_known", [0, 2, T])
+@pytest.mark.parametrize("drafter", ["student", "no noise", "none"])
+def test_exact_mode_equals_serial_decoding_token_for_token(drafter, n_known, tiny):
+    """In float64, KV-cached serial decoding against full verification; no difference allowed."""
+    _, teacher, student = tiny
+    torch.manual_seed(1)
+    plain = gd.Student(tiny_config(noise="none"), V).double().eval()
+    xi, _ = draws(500)
+    xt = torch.full((500, T), V)
+    xt[:, :n_known] = torch.randint(V, (500, n_known), generator=gd.rng(1))
+    x, rounds = gd.sample_exact({"student": student, "no noise": plain, "none": None}[drafter],
+                                teacher, xi, xt)
+    assert x.equal(gd.serial_extraction(teacher, xi, xt)[0])
+    assert x[:, :n_known].equal(xt[:, :n_known])
+    assert rounds.max() <= T - n_known and rounds.min() >= (n_known < T)
+
+
+def test_exact_mode_takes_one_round_with_a_perfect_student_and_t_with_one_always_wrong(tiny):
+    _, teacher, _ = tiny
+    xi, _ = draws(50)
+    truth, _ = gd.serial_extraction(teacher, xi)
+
+    class Oracle(Recorder):
+        def forward(self, xt, xi):
+            return torch.nn.functional.one_hot((truth + self.error) % V, V)[self.live][xt == V]
+
+    oracle = Oracle(torch.zeros(T, V))
+    oracle.error, oracle.live = 0, slice(None)
+    x, rounds = gd.sample_exact(oracle, teacher, xi)
+    assert x.equal(truth) and (rounds == 1).all()
+    oracle.error = 1  # always wrong: each round still yields the teacher's own next token
+    x, rounds = gd.sample_exact(oracle, teacher, xi)
+    assert x.equal(truth) and (rounds == T).all()
+
+
+def test_exact_report_counts_a_difference_as_equal_only_at_a_near_tie(tiny, monkeypatch):
+    _, teacher, student = tiny
+    _, report = gd.compare_exact(student, teacher, 40, T, 0)
+    assert report["equal"] == 1 and report["near_ties"] == 0
+    serial = gd.serial_extraction
+
+    def differing(gap_there):
+        def fake(*args):
+            x, gap = serial(*args)
+            x[:4, 3], gap[:4, 3] = (x[:4, 3] + 1) % V, gap_there
+            return x, gap
+        return fake
+    monkeypatch.setattr(gd, "serial_extraction", differing(0.5))
+    _, report = gd.compare_exact(student, teacher, 40, T, 0)
+    assert report["equal"] == 0.9 and report["near_ties"] == 0
+    monkeypatch.setattr(gd, "serial_extraction", differing(1e-5))
+    _, report = gd.compare_exact(student, teacher, 40, T, 0)
+    assert report["equal"] == 1 and report["near_ties"] == 4
+
+
+def test_agreement_of_the_teacher_with_itself_is_one_and_shuffled_noise_shows_the_floor(tiny):
+    _, teacher, student = tiny
+    text = gd.generate(teacher, 300, T, seed=2)
+    scores = gd.compare_with_teacher(text, text, teacher, 2)
+    assert (scores["agree_token"], scores["agree_seq"], scores["accept"]) == (1, 1, 1)
+    assert scores["shuffled"] < 0.8
+    logp = teacher.logp(text).gather(-1, text[..., None])
+    assert scores["teacher_nll"] == pytest.approx(-logp.mean().item())
+    wrong = text.clone()
+    wrong[:, 2] = (wrong[:, 2] + 1) % V
+    scores = gd.compare_with_teacher(wrong, text, teacher, 2)
+    assert scores["agree_token"] == pytest.approx(5 / 6) and scores["agree_seq"] == 0
+    assert scores["accept"] < 5 / 6 + 1e-6
+
+
+def test_token_entropy_is_that_of_the_counts_in_each_text():
+    x = torch.tensor([[1, 1, 1, 1], [1, 2, 3, 4]])
+    assert gd.token_entropy(x) == pytest.approx(math.log(4) / 2)
