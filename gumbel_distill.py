@@ -126,9 +126,9 @@ PRESETS = {
         COMMON, seq_len=19, n_layer=4, n_head=2, n_embd=64, noise_map="raw", batch_size=64, lr=2e-3,
         max_steps=4000, teacher_steps=1500, eval_every=500, nfe="1,2,4,8,19", n_samples=1000),
     "text": dict(
-        COMMON, seq_len=64, n_layer=4, n_head=4, n_embd=128, noise_map="learned", batch_size=64,
-        lr=1e-3, max_steps=3000, teacher_steps=3000, eval_every=500, nfe="1,4,16,64", n_samples=200,
-        tokenizer="char"),
+        COMMON, tokenizer="char", seq_len=64, n_layer=4, n_head=4, n_embd=128, noise_map="learned",
+        batch_size=32, lr=2e-3, max_steps=1500, teacher_steps=1500, eval_every=300, nfe="1,4,16,64",
+        n_samples=200),
 }
 
 
@@ -147,7 +147,8 @@ def resolve(cfg):
         value, meta = getattr(cfg, f.name), f.metadata
         if value is None:
             continue
-        if meta["choices"] and not set(value.split(",")) <= set(meta["choices"]):
+        names = value.split(",") if f.name == "noise" else [value]
+        if meta["choices"] and not set(names) <= set(meta["choices"]):
             raise UserError(f"{flag(f.name)} {value}: choose from {', '.join(meta['choices'])}")
         low, high = meta["low"], meta["high"]
         if low is not None and not low <= value <= high:

@@ -75,7 +75,8 @@ def main():
         if (cfg.tau, cfg.top_p, cfg.temperature or 0) != (1, 1, 0):
             raise UserError("--exact goes with --tau 1, --top-p 1 and --temperature 0: it writes "
                             "the teacher's text for the noise as it is; leave these flags out")
-        teacher_path = cfg.teacher or os.path.join(os.path.dirname(path), "teacher.pt")
+        teacher_path = (args.teacher or saved["config"]["teacher"]
+                        or os.path.join(os.path.dirname(path), "teacher.pt"))
         teacher = load_teacher(teacher_path, tokenizer, cfg.seq_len, cfg.device)
         if weights_id(teacher) != saved["settings"].get("teacher"):
             print(f"note: {teacher_path} is not this student's teacher: as exact, but slower")

@@ -53,6 +53,7 @@ def test_every_flag_means_the_same_in_every_script(cli, monkeypatch):
     (["--n-samples", "0"], "--n-samples 0"), (["--batch-size", "0"], "--batch-size 0"),
     (["--batch-size", "10", "--grad-accum", "4"], "--grad-accum 4"),
     (["--n-embd", "30"], "multiple of 4"), (["--order", "right"], "--order right"),
+    (["--order", "left,random"], "--order left,random"), (["--lr", "nan"], "--lr nan"),
     (["--train-files", "x"], "--train-files goes with --dataset text"),
     (["--dataset", "text"], "--dataset text needs --train-files"),
     (["--dataset", "text", "--train-files", "no/such/*.txt"], "no/such/*.txt: no file matches"),
@@ -152,6 +153,11 @@ def test_text_end_to_end_in_a_few_steps(cli, tmp_path):
         assert status == 1 and text in err and err.count("\n") == 1
     status, said, _ = cli(sample.main, "--ckpt", ckpt, "--exact", "-n", 30)
     assert status == 0 and "equal to serial 30 of 30" in said and "rounds per text" in said
+
+    apart = ["--out-dir", tmp_path / "apart", "--teacher", out / "teacher.pt", "--noise", "gumbel"]
+    assert cli(gd.main, *common, *apart, "--nfe", 1)[0] == 0
+    status, said, _ = cli(sample.main, "--ckpt", tmp_path / "apart" / "student-gumbel.pt", "--exact")
+    assert status == 0 and "equal to serial 4 of 4" in said
 
     (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:1000])
     status, _, err = cli(sample.main, "--ckpt", tmp_path / "cut.pt")
