@@ -83,7 +83,8 @@ class Config:
     noise: str = option("none,gumbel", "one student for each of this list; none is MDLM,"
                         " independent a control: noise that knows nothing of the text",
                         ["none", "gumbel", "gaussian", "uniform", "independent"])
-    noise_map: str = option(None, "noise -> embedding", ["softmax", "raw", "learned"])
+    noise_map: str = option(None, "noise -> embedding; softmax is the paper's",
+                            ["softmax", "raw", "learned"])
     inject: str = option("replace", "noise embedding in place of that of [MASK], or added to it",
                          ["replace", "add"])
     labels: str = option("data", "learn real text with posterior noise (Theorem 4.1), or the"
@@ -1328,8 +1329,12 @@ def add_flags(parser, *names):
         if f.type is bool:
             parser.add_argument(flag(f.name), action="store_true", help=text)
             continue
-        presets = [f"{d} {p[f.name]}" for d, p in PRESETS.items() if f.name in p]
-        default = ", ".join(presets) if f.default is None else f.default
+        default = f.default
+        if default is None:
+            presets = {dataset: p[f.name] for dataset, p in PRESETS.items() if f.name in p}
+            default = ", ".join(f"{dataset} {value}" for dataset, value in presets.items())
+            if len(presets) > 1 and len(set(presets.values())) == 1:
+                default = next(iter(presets.values()))
         parser.add_argument(flag(f.name), type=f.type, default=f.default,
                             metavar="{" + ",".join(choices) + "}" if choices else f.type.__name__,
                             help=f"{text} ({default})" if default != "" else text)
