@@ -35,7 +35,8 @@ def test_everything_the_readme_names_exists():
 
 def test_every_command_of_the_readme_runs(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "input.txt").write_text("to be or not to be, that is the question.\n" * 40)
+    for name in ("input.txt", "tinyshakespeare.txt"):
+        (tmp_path / name).write_text("to be or not to be, that is the question.\n" * 40)
     commands = re.findall(r"python ((?:gumbel_distill|train_teacher|sample)\.py[^`\n]*)", README)
     assert len(commands) >= 7
     for command in commands:
