@@ -25,8 +25,10 @@ What differs from the paper and the official code stands in README.md, "Differen
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
+import datetime
 import glob
 import hashlib
 import itertools
@@ -39,13 +41,20 @@ import re
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+
+# torchrun starts WORLD processes with numbers RANK from 0; without it there is one.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class UserError(Exception):
@@ -68,10 +77,12 @@ def option(default, help, choices=None, low=None, high=math.inf):
 class Config:
     """Settings of a run. None means: as PRESETS says for the dataset."""
     # data
-    dataset: str = option("maze", "what to learn", ["maze", "cities", "text"])
-    train_files: str = option(None, "for --dataset text: UTF-8 text, a file or a quoted glob")
-    val_files: str = option(None, "text to validate on; default: the last 10%% of the other")
-    tokenizer: str = option(None, "tokens of --dataset text", ["char", "gpt2"])
+    dataset: str = option("maze", "what to learn", ["maze", "cities", "text", "lm1b", "owt"])
+    train_files: str = option(None, "text, .jsonl or .parquet, a file or a quoted glob (lm1b, owt:"
+                              " default the Hugging Face hub)")
+    val_files: str = option(None, "files to validate on; default: the last 10%% of the others")
+    tokenizer: str = option(None, "tokens of text; gpt2-N: the first N of GPT-2's, for a CPU",
+                            ["char", "gpt2", "gpt2-1024", "gpt2-4096"])
     seq_len: int = option(None, "tokens per sequence", low=2)
     max_tokens: int = option(None, "use at most this many training tokens", low=1)
     # model: teacher and students have one shape
@@ -84,15 +95,16 @@ class Config:
                         " independent a control: noise that knows nothing of the text",
                         ["none", "gumbel", "gaussian", "uniform", "independent"])
     noise_map: str = option(None, "noise -> embedding; softmax is the paper's",
-                            ["softmax", "raw", "learned"])
-    inject: str = option("replace", "noise embedding in place of that of [MASK], or added to it",
-                         ["replace", "add"])
-    labels: str = option("data", "learn real text with posterior noise (Theorem 4.1), or the"
-                         " teacher's own samples with theirs", ["data", "teacher"])
-    teacher: str = option(None, "teacher checkpoint; default: teacher.pt in --out-dir")
+                            ["softmax", "raw", "learned", "draft"])
+    inject: str = option("replace", "noise embedding in place of that of [MASK], or added to it"
+                         " (draft: always added)", ["replace", "add"])
+    labels: str = option("data", "learn real text with posterior noise (Theorem 4.1), the teacher's"
+                         " own samples with theirs, or both in turn", ["data", "teacher", "mixture"])
+    teacher: str = option(None, "teacher checkpoint, or gpt2, gpt2-large, a folder of transformers;"
+                          " default: teacher.pt in --out-dir")
     # training
     batch_size: int = option(None, "sequences per optimiser step", low=1)
-    grad_accum: int = option(1, "pieces to split a batch into, to save memory", low=1)
+    grad_accum: int = option(None, "pieces to split a batch into, to save memory", low=1)
     max_steps: int = option(None, "optimiser steps of each model", low=1)
     teacher_steps: int = option(None, "of the teacher, if not --max-steps", low=1)
     lr: float = option(None, "peak learning rate of AdamW", low=0)
@@ -102,9 +114,9 @@ class Config:
     eval_every: int = option(None, "steps between validations; each writes the checkpoint", low=1)
     # sampling
     nfe: str = option(None, "function evaluations per sample, like 1,2,4")
-    tau: float = option(1.0, "scale of the noise", low=0)
-    temperature: float = option(None, "0: argmax (default with noise); 1: the student's own"
-                                " probabilities (default without)", low=0)
+    tau: str = option("1", "scale of the noise, or several, like 0.8,1")
+    temperature: str = option(None, "0: argmax (default with noise); 1: the student's own"
+                              " probabilities (default without); or several, like 0,0.5,1")
     top_p: float = option(1.0, "nucleus: the likeliest tokens of this total", low=0, high=1)
     order: str = option("random", "masked tokens to fill first", ["random", "confidence", "left"])
     n_samples: int = option(None, "samples per row of the table", low=1)
@@ -113,12 +125,16 @@ class Config:
     device: str = option("auto", "auto: a GPU if there is one", ["auto", "cpu", "cuda"])
     dtype: str = option("auto", "of the training; auto: bfloat16 on a GPU, else float32",
                         ["auto", "float32", "bfloat16"])
-    compile: bool = option(False, "torch.compile the Transformer blocks")
+    compile: str = option("auto", "torch.compile the Transformer blocks; auto: on a GPU",
+                          ["auto", "on", "off"])
     resume: bool = option(False, "go on with an interrupted run")
     out_dir: str = option(None, "folder of this run; default: out/<dataset>")
 
 
-COMMON = dict(dropout=0.0, warmup=100, schedule="cosine", ema=0.999)
+COMMON = dict(dropout=0.0, grad_accum=1, warmup=100, schedule="cosine", ema=0.999)
+WEB = dict(
+    tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, noise_map="learned", lr=3e-4,
+    grad_accum=4, warmup=2500, schedule="constant", ema=0.9999, eval_every=1000)
 PRESETS = {
     "maze": dict(
         COMMON, seq_len=10, n_layer=4, n_head=2, n_embd=64, noise_map="raw", batch_size=64, lr=2e-3,
@@ -130,6 +146,10 @@ PRESETS = {
         COMMON, tokenizer="char", seq_len=64, n_layer=4, n_head=4, n_embd=128, noise_map="learned",
         batch_size=32, lr=2e-3, max_steps=1500, teacher_steps=1500, eval_every=300, nfe="1,4,16,64",
         n_samples=200),
+    "lm1b": dict(WEB, seq_len=128, batch_size=256, max_steps=20_000, teacher_steps=20_000,
+                 nfe="4,16,64", n_samples=256),
+    "owt": dict(WEB, seq_len=1024, batch_size=32, max_steps=20_000, teacher_steps=20_000,
+                nfe="16,64,256", n_samples=32),
 }
 
 
@@ -158,24 +178,34 @@ def resolve(cfg):
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu or auto")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
-    nfe_list(cfg.nfe)
+    for name in ("nfe", "tau", "temperature"):
+        numbers(cfg, name)
     if cfg.n_embd % (2 * cfg.n_head):
         raise UserError(f"--n-embd {cfg.n_embd}: must be a multiple of {2 * cfg.n_head}, twice "
                         "--n-head")
+    if cfg.grad_accum % WORLD:
+        cfg.grad_accum *= WORLD
     if cfg.batch_size % cfg.grad_accum:
         raise UserError(f"--batch-size {cfg.batch_size} does not split into --grad-accum "
                         f"{cfg.grad_accum} equal pieces")
     for name in ("train_files", "val_files", "tokenizer", "seq_len", "max_tokens"):
-        if cfg.dataset != "text" and getattr(cfg, name) != preset.get(name):
-            raise UserError(f"{flag(name)} goes with --dataset text; {cfg.dataset} is generated")
+        is_generated = cfg.dataset in ("maze", "cities")
+        if is_generated and getattr(cfg, name) != preset.get(name):
+            raise UserError(f"{flag(name)} goes with --dataset text, lm1b or owt; {cfg.dataset} is "
+                            "generated")
     return cfg
 
 
-def nfe_list(text):
-    """"1,2,4" -> [1, 2, 4]"""
-    values = [int(k) if k.strip().isdigit() else 0 for k in text.split(",")]
-    if min(values) < 1:
-        raise UserError(f"--nfe {text}: give whole numbers of steps, from 1 up, like 1,2,4")
+def numbers(cfg, name):
+    """--nfe 1,2,4 -> [1, 2, 4]; whole numbers from 1 up, for other flags numbers from 0 up"""
+    text, kind, low = getattr(cfg, name), *((int, 1) if name == "nfe" else (float, 0))
+    try:
+        values = [kind(k) for k in text.split(",")] if text else []
+    except ValueError:
+        values = [-1]
+    if not all(low <= k < math.inf for k in values):
+        what = f"{'whole ' if kind is int else ''}numbers from {low} up, like 1,2,4"
+        raise UserError(f"{flag(name)} {text}: give {what}")
     return values
 
 
@@ -193,31 +223,38 @@ def rng(*key, device="cpu"):
 # 2. Data: maze, toy sentences, text -> batches of token ids
 
 class Tokenizer:
-    """A list of words joined by `sep` or, with words None, GPT-2's BPE.
+    """A list of words joined by `sep` or, with words None, the first `size` tokens of GPT-2's BPE.
 
     bos_id is what the teacher puts in front: <|endoftext|> of GPT-2, else vocab_size, an input row
-    of its own. `state` rebuilds the tokenizer: Tokenizer(**state).
+    of its own. eos_ids end a document. `state` rebuilds the tokenizer: Tokenizer(**state).
     """
 
-    def __init__(self, words=None, sep=""):
-        self.words, self.sep, self.state = words, sep, {"words": words, "sep": sep}
+    def __init__(self, words=None, sep="", size=50257):
+        self.words, self.sep = words, sep
         if words is None:
-            self.bpe = load_gpt2_bpe()
-            self.vocab_size, self.bos_id = self.bpe.n_vocab, self.bpe.eot_token
+            self.bpe = load_gpt2_bpe(size)
+            self.vocab_size, self.bos_id = size, self.bpe.eot_token
+            self.eos_ids = [self.bos_id]
         else:
             self.ids = {w: i for i, w in enumerate(words)}
             self.vocab_size = self.bos_id = len(words)
+            self.eos_ids = [self.ids["\n"]] if "\n" in self.ids else []
+        self.state = {"words": words, "sep": sep, "size": size}
 
     def encode(self, text, where="the text"):
         """Token ids of a text, uint16; UserError for what the vocabulary lacks."""
+        return np.array(self.encode_batch([text], where)[0], dtype=np.uint16)
+
+    def encode_batch(self, texts, where="the text"):
+        """One list of token ids for each text; GPT-2's BPE works on all cores."""
         if self.words is None:
-            return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
-        pieces = text.split() if self.sep else text
-        unknown = sorted(set(pieces) - self.ids.keys())
+            return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        texts = [text.split() if self.sep else text for text in texts]
+        unknown = sorted(set().union(*texts) - self.ids.keys())
         if unknown:
             raise UserError(f"{where}: {unknown[0]!r} is not among the {self.vocab_size} tokens of "
                             "the training text; leave it out, or train on text that has it")
-        return np.array([self.ids[p] for p in pieces], dtype=np.uint16)
+        return [[self.ids[piece] for piece in text] for text in texts]
 
     def decode(self, ids):
         if self.words is None:
@@ -225,14 +262,19 @@ class Tokenizer:
         return self.sep.join(self.words[int(i)] for i in ids)
 
 
-def load_gpt2_bpe():
+def load_gpt2_bpe(size):
     import tiktoken
     try:
-        return tiktoken.get_encoding("gpt2")
+        bpe = tiktoken.get_encoding("gpt2")
     except Exception as e:  # whatever the download layer raises
         raise UserError(f"GPT-2's tokenizer files cannot be fetched ({type(e).__name__}); without "
                         "a network set TIKTOKEN_CACHE_DIR to a folder that holds them, or use "
                         "--tokenizer char") from e
+    if size == bpe.n_vocab:
+        return bpe
+    ranks = {token: rank for token, rank in bpe._mergeable_ranks.items() if rank < size - 1}
+    return tiktoken.Encoding(f"gpt2-{size}", pat_str=bpe._pat_str, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": size - 1})
 
 
 class Data:
@@ -400,39 +442,181 @@ def load_cities(cfg):
                 stride=cfg.seq_len, judge=judge)
 
 
-def read_text(name, pattern):
-    """The text of all files that match a glob, joined; UserError where that is no usable text."""
-    if pattern is None:
-        raise UserError(f"--dataset text needs {name}, a file or a quoted glob like 'texts/*.txt'")
-    paths = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
-    if not paths:
-        raise UserError(f"{name} {pattern}: no file matches; check the path, and quote a glob")
-    texts = []
-    for path in paths:
+# Where running text comes from when no --train-files are given: (name, split) on the Hugging Face
+# hub. These copies are parquet; those under the bare names are scripts, which `datasets` refuses.
+HUB = {"lm1b": {"train": ("dvruette/lm1b", "train"), "val": ("dvruette/lm1b", "test")},
+       "owt": {"train": ("Skylion007/openwebtext", "train")}}
+CACHE = "data"                  # folder of the tokenised texts
+PIECE = 2**16                   # longest piece of text, in characters, that is tokenised at once
+MAX_VAL_DOCUMENTS = 100_000     # OpenWebText's customary validation part
+
+
+def detokenize(text):
+    """LM1B's " ," " 's" " n't" "( " and the like as people write them."""
+    text = re.sub(r"\s+(n't|'(?:s|re|ve|ll|d|m))\b", r"\1", text, flags=re.IGNORECASE)
+    text = re.sub(r"\s+([.,!?;:%)\]}])", r"\1", text)
+    text = re.sub(r"([(\[{$£€#])\s+", r"\1", text)
+    return re.sub(r'"\s*([^"]*?)\s*"', r'"\1"', text)  # quotes open and close in turn
+
+
+def document(text):
+    """A document as a list of pieces, with None for its end; blank ones are left out."""
+    if not isinstance(text, str) or "\0" in text:
+        raise ValueError("no text" if text is None else "not text but binary data or numbers")
+    pieces = [text[i:i + PIECE] for i in range(0, len(text), PIECE)]
+    return pieces + [None] if text.strip() else []
+
+
+def read_file(path, by_line):
+    """The pieces of all documents of a file.
+
+    A document is a row of a .parquet or a line of a .jsonl file (column or field "text"), and of
+    any other file a line (by_line) or the whole.
+    """
+    place = "its beginning"
+    try:
+        if path.endswith(".parquet"):
+            import pyarrow.parquet
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000, columns=["text"])
+            for number, batch in enumerate(batches):
+                place = f"rows from {1000 * number + 1}"
+                for text in batch.column("text").to_pylist():
+                    yield from document(text)
+            return
+        with open(path, encoding="utf-8") as f:
+            is_json = path.endswith(".jsonl")
+            if is_json or by_line:
+                for number, line in enumerate(f, 1):
+                    place = f"line {number}"
+                    yield from document(json.loads(line)["text"] if is_json else line.strip())
+            else:
+                for lines in iter(lambda: f.readlines(PIECE), []):
+                    yield from document("".join(lines))[:-1]
+                yield None
+    except (ValueError, KeyError, TypeError, OSError) as e:  # pyarrow's errors are among these
+        raise UserError(f"{path}, {place}: cannot be read ({type(e).__name__}: {e}); mend or "
+                        "remove it, or leave the file out") from e
+
+
+def read_hub(name, split):
+    """The pieces of all documents of a dataset on the Hugging Face hub; streamed, not stored."""
+    import datasets
+    try:
+        for row in datasets.load_dataset(name, split=split, streaming=True):
+            yield from document(row["text"])
+    except Exception as e:  # offline, renamed, rate limit: many types
+        raise UserError(f"{name} cannot be fetched from the Hugging Face hub ({type(e).__name__}); "
+                        "name a copy on disk with --train-files and --val-files (text, .jsonl or "
+                        ".parquet)") from e
+
+
+def write_tokens(file, pieces, tokenizer, limit, where):
+    """Append the token ids of pieces to an open file, as uint16, in bounded memory.
+
+    Returns: their number, at most `limit`; and where the validation part begins if it has to be cut
+    off here: the last 10 % from the start of a document, or the last MAX_VAL_DOCUMENTS if fewer
+    """
+    total, starts = 0, collections.deque(maxlen=MAX_VAL_DOCUMENTS + 1)
+    bar = tqdm(desc="tokenising", unit=" tokens", unit_scale=True, disable=None)
+    while total < limit and (batch := list(itertools.islice(pieces, 1024))):
+        texts = iter(tokenizer.encode_batch([p for p in batch if p is not None], where))
+        for piece in batch:
+            ids = tokenizer.eos_ids if piece is None else next(texts)
+            file.write(np.array(ids[:limit - total], dtype=np.uint16).tobytes())
+            total += min(len(ids), limit - total)
+            if piece is None:
+                starts.append(total)
+        bar.update(total - bar.n)
+    bar.close()
+    return total, min((s for s in starts if 0.9 * total <= s < total), default=int(0.9 * total))
+
+
+def read_cache(path):
+    """What a token cache says of itself, its last line; {} if it is cut off or something else."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(-8, os.SEEK_END)
+            size = int.from_bytes(f.read(), "little")
+            f.seek(-8 - size, os.SEEK_END)
+            info = json.loads(f.read(size))
+        return info if 2 * info["n_tokens"] + size + 8 == os.path.getsize(path) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def load_tokens(cfg, name, source, tokenizer, limit):
+    """Token ids of a text, 1-D uint16 on disk, from the cache or written there.
+
+    source: paths of files, or (name, split) on the hub;  tokenizer: None makes one of characters
+    Returns: tokens, the tokenizer, and where a validation part would begin
+    """
+    is_hub = isinstance(source, tuple)
+    state = source if is_hub else [(p, os.path.getsize(p), os.stat(p).st_mtime_ns) for p in source]
+    key = repr((cfg.dataset, state, tokenizer and tokenizer.state, limit))
+    digest = hashlib.sha1(key.encode()).hexdigest()[:12]
+    path = os.path.join(CACHE, f"{cfg.dataset}-{name}-{digest}.bin")
+    info = read_cache(path)
+
+    def pieces():
+        by_line = cfg.dataset == "lm1b"
+        texts = read_hub(*source) if is_hub else itertools.chain.from_iterable(
+            read_file(p, by_line) for p in source)
+        return (detokenize(t) if t and by_line else t for t in texts)
+
+    if info.get("key") != key:
+        if tokenizer is None:
+            letters = {"\n"}.union(*(piece for piece in pieces() if piece))
+            tokenizer = Tokenizer(sorted(letters))
+        temporary = f"{path}.{os.getpid()}.tmp"
         try:
-            with open(path, encoding="utf-8") as f:
-                texts.append(f.read())
-        except (UnicodeDecodeError, OSError) as e:
-            raise UserError(f"{name} {path}: cannot be read as UTF-8 text ({e})") from e
-        if not texts[-1].strip() or "\0" in texts[-1]:
-            found = "binary" if texts[-1].strip() else "empty"
-            raise UserError(f"{name} {path}: is {found}; leave it out")
-    return "\n".join(texts)
+            os.makedirs(CACHE, exist_ok=True)
+            with open(temporary, "wb") as f:
+                n_tokens, val_start = write_tokens(f, pieces(), tokenizer, limit,
+                                                   f"--{name}-files")
+                info = dict(key=key, n_tokens=n_tokens, val_start=val_start,
+                            tokenizer=tokenizer.state)
+                footer = json.dumps(info).encode()
+                f.write(footer + len(footer).to_bytes(8, "little"))
+            os.replace(temporary, path)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror}); make room, or start in "
+                            "another folder") from e
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+    tokens = np.memmap(path, np.uint16, "r", shape=(info["n_tokens"] or 1,))[:info["n_tokens"]]
+    return tokens, Tokenizer(**info["tokenizer"]), info["val_start"]
 
 
 def load_text(cfg):
-    text = read_text("--train-files", cfg.train_files)
-    tokenizer = Tokenizer() if cfg.tokenizer == "gpt2" else Tokenizer(sorted(set(text)))
-    train = tokenizer.encode(text)
-    if cfg.val_files is None:
-        train, val = np.split(train, [int(0.9 * len(train))])
-    else:
-        val = tokenizer.encode(read_text("--val-files", cfg.val_files), "--val-files")
-    return Data(train[:cfg.max_tokens], val, cfg.seq_len, tokenizer)
+    """Running text from files, or for lm1b and owt from the hub, through the token cache."""
+    hub, sources = HUB.get(cfg.dataset, {}), {}
+    for name, pattern in (("train", cfg.train_files), ("val", cfg.val_files)):
+        sources[name] = None if cfg.train_files or cfg.val_files else hub.get(name)
+        if pattern:
+            sources[name] = sorted(p for p in glob.glob(pattern, recursive=True)
+                                   if os.path.isfile(p))
+            if not sources[name]:
+                raise UserError(f"--{name}-files {pattern}: no file matches; check the path, and "
+                                "quote a glob like 'texts/*.txt'")
+    if not sources["train"]:
+        raise UserError(f"--dataset {cfg.dataset} needs --train-files, a file or a quoted glob "
+                        "like 'texts/*.txt'")
+    tokenizer = None
+    if cfg.tokenizer != "char":  # "gpt2", or "gpt2-4096" and the like
+        tokenizer = Tokenizer(size=int(cfg.tokenizer[5:] or 50257))
+    limit = cfg.max_tokens or 2**62
+    if not sources["val"]:
+        tokens, tokenizer, start = load_tokens(cfg, "train", sources["train"], tokenizer,
+                                               limit * 10 // 9 + 1)
+        return Data(tokens[:start][:cfg.max_tokens], tokens[start:], cfg.seq_len, tokenizer)
+    train, tokenizer, _ = load_tokens(cfg, "train", sources["train"], tokenizer, limit)
+    val, _, _ = load_tokens(cfg, "val", sources["val"], tokenizer, limit)
+    return Data(train, val, cfg.seq_len, tokenizer)
 
 
 def load_data(cfg):
-    return {"maze": load_maze, "cities": load_cities, "text": load_text}[cfg.dataset](cfg)
+    return {"maze": load_maze, "cities": load_cities}.get(cfg.dataset, load_text)(cfg)
 
 
 def show(ids, dataset, tokenizer):
@@ -487,6 +671,10 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat([-x2, x1], dim=-1) * sin).to(x.dtype)
 
 
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class KVCache:
     """Keys and values of the `start` positions seen so far, for every block of a Transformer."""
 
@@ -524,12 +712,13 @@ class Transformer(nn.Module):
                 is_residual = name.endswith(("attn_out.weight", "mlp_out.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if is_residual else 0.02)
 
-    def forward(self, x, mask=None, pos=None, cache=None):
+    def forward(self, x, mask=None, pos=None, cache=None, change=None):
         """Embeddings x (B, T, C) -> hidden states (B, T, C), ready for `head`.
 
         mask:  (T, S) bool, True where a position may look; None is causal or full attention
         pos:   (T,) long, positions; by default they go on from where the cache ends
         cache: KVCache of the positions before x
+        change: function of the hidden states that changes them, at each quarter of the blocks
         """
         T, start = x.size(1), cache.start if cache else 0
         if pos is None:
@@ -538,55 +727,102 @@ class Transformer(nn.Module):
             mask = pos[:, None] >= torch.arange(start + T, device=x.device)
         is_causal = self.causal and mask is None and start == 0
         rope = [a.to(x.dtype) for a in rotary(pos, self.head_size)]
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if change and i in [len(self.blocks) * k // 4 for k in (1, 2, 3)]:
+                x = change(x)
             x = block(x, rope, mask, is_causal, cache)
         if cache:
             cache.start += T
         return self.norm(x)
 
+    def logits(self, h):
+        """Logits (..., V), in float32 at least, of hidden states h (..., C)."""
+        return at_least_float32(self.head(h))
+
 
 # -----------------------------------------------------------------------------
 # 4. Teacher: an AR language model
 
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class Teacher(nn.Module):
     """p(x0) = prod_i p(x0[i] | BOS, x0[:i]); puts BOS in front by itself."""
 
-    def __init__(self, cfg, tokenizer):
+    def __init__(self, cfg, tokenizer, net=None):
         super().__init__()
         self.name, self.file = "teacher", "teacher.pt"
         self.vocab_size, self.bos_id = tokenizer.vocab_size, tokenizer.bos_id
-        self.net = Transformer(cfg, self.vocab_size, causal=True)
+        self.net = net or Transformer(cfg, self.vocab_size, causal=True)
 
-    def forward(self, x0, at=None):
-        """Logits for the tokens of x0 (B, T) given those before each: (B, T, V).
-
-        at: (B, T) bool; the logits of these positions only, (M, V), row by row.
-        """
+    def hidden(self, x0):
+        """Hidden states (B, T, C), of which `logp` makes what the tokens of x0 (B, T) come from."""
         x = torch.cat([torch.full_like(x0[:, :1], self.bos_id), x0[:, :-1]], dim=1)
-        h = self.net(self.net.embed(x))                         # (B, T, C)
-        return self.net.head(h if at is None else h[at])
+        return self.net(self.net.embed(x))
 
-    def logp(self, x0, at=None):
-        """log p(token | those before it), in nats: (B, T, V), or (M, V) at the positions `at`."""
-        return F.log_softmax(at_least_float32(self(x0, at)), dim=-1)
+    def logp(self, h):
+        """log p(token | those before it) in nats, (..., V), of hidden states h (..., C)."""
+        return F.log_softmax(self.net.logits(h), dim=-1)
+
+    def forward(self, x0):
+        """logp for the tokens of x0 (B, T), given those before each: (B, T, V)."""
+        return self.logp(self.hidden(x0))
+
+
+class Pretrained(nn.Module):
+    """A causal language model of Hugging Face's transformers with the face of Transformer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.body, self.head = model.base_model, model.get_output_embeddings()
+
+    def embed(self, ids):
+        return ids
+
+    def forward(self, ids, cache=None):
+        past = cache.kv.get("pretrained") if cache else None
+        out = self.body(ids, past_key_values=past, use_cache=cache is not None)
+        if cache:
+            cache.kv["pretrained"] = out.past_key_values
+        return out.last_hidden_state
+
+    def logits(self, h):
+        return at_least_float32(self.head(h))
+
+
+CHUNK = {"cpu": 2**25, "cuda": 2**27}     # largest V-wide tensor of a training step, in elements
+
+
+def in_chunks(fn, x0, vocab_size):
+    """torch.cat of fn(rows), rows being slices of the batch x0 (B, T), for fn with V-wide tensors.
+
+    A slice has so few tokens that V-wide tensors of them stay small; these are not kept for the
+    backward pass but computed again. A batch that fits in one slice is computed once.
+    """
+    size = max(1, CHUNK[x0.device.type] // (x0.size(1) * vocab_size))
+    rows = [slice(i, i + size) for i in range(0, len(x0), size)]
+    if len(rows) == 1:
+        return fn(rows[0])
+    return torch.cat([checkpoint(fn, r, use_reentrant=False, preserve_rng_state=False)
+                      for r in rows])
 
 
 def teacher_loss(teacher, x0):
     """Cross-entropy of x0 (B, T), in nats per token."""
-    return F.cross_entropy(at_least_float32(teacher(x0)).flatten(0, 1), x0.flatten())
+    h = teacher.hidden(x0)
+
+    def nll(rows):
+        return F.cross_entropy(teacher.logp(h[rows]).transpose(1, 2), x0[rows], reduction="none")
+    return in_chunks(nll, x0, teacher.vocab_size).mean()
 
 
 # -----------------------------------------------------------------------------
 # 5. Gumbel-Max: token = argmax(logp + xi)                        (Theorem 4.1)
 
 def sample_exponential(shape, generator, dtype=torch.float32):
-    """E ~ Exp(1), never 0. Drawn in float64: in float32 CUDA's E stops at 6e-8, xi at 16.6."""
-    E = torch.empty(shape, dtype=torch.float64, device=generator.device)
-    return E.exponential_(generator=generator).clamp_min(1e-30).to(dtype)
+    """E = -log(1 - u) ~ Exp(1), never 0; in float64, as in float32 it stops at 6e-8, xi at 16.6.
+
+    (torch's exponential_ is several times slower on a CPU, and in float32 on CUDA stops as early.)
+    """
+    u = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    return u.neg_().log1p_().neg_().clamp_min_(1e-30).to(dtype)
 
 
 def sample_gumbel(shape, generator, dtype=torch.float32):
@@ -631,8 +867,8 @@ def serial_extraction(teacher, xi, xt=None):
     token = torch.full((B, 1), teacher.bos_id, device=xi.device)
     x0, gaps = [], []
     for i in range(T):
-        logits = net.head(net(net.embed(token), cache=cache)[:, -1])       # (B, V)
-        top = (F.log_softmax(at_least_float32(logits), dim=-1) + xi[:, i]).topk(2, dim=-1)
+        logp = teacher.logp(net(net.embed(token), cache=cache)[:, -1])     # (B, V)
+        top = (logp + xi[:, i]).topk(2, dim=-1)
         token = top.indices[:, :1]
         if xt is not None:
             token = torch.where(xt[:, i:i + 1] == V, token, xt[:, i:i + 1])
@@ -667,6 +903,8 @@ class NoiseEmbedding(nn.Module):
     raw      xi, standardised
     learned  softmax(s (xi + b)) with a learned s (at first 1) and b per token (at first its log
              frequency): starts near the paper's map and learns which tokens' noise matters
+    draft    softmax(s (xi + logp)) with the student's own logp, read off between its blocks: the
+             token that it would draw as things stand. The linear map is that of the tokens
     """
     MEAN_STD = {"gumbel": (0.5772156649, math.pi / 6**0.5), "gaussian": (0.0, 1.0),
                 "uniform": (0.5, 12**-0.5)}
@@ -674,17 +912,23 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, cfg, vocab_size, log_freq=None):
         super().__init__()
         self.noise, self.noise_map = cfg.noise, cfg.noise_map
-        self.proj = nn.Linear(vocab_size, cfg.n_embd, bias=False)
-        nn.init.normal_(self.proj.weight, std=0.02)
-        if self.noise_map == "learned":
+        if self.noise_map in ("learned", "draft"):
             self.scale = nn.Parameter(torch.ones(()))
+        if self.noise_map == "learned":
             self.bias = nn.Parameter(torch.zeros(vocab_size) if log_freq is None else log_freq)
+        if self.noise_map != "draft":
+            self.proj = nn.Linear(vocab_size, cfg.n_embd, bias=False)
+            nn.init.normal_(self.proj.weight, std=0.02)
 
-    def forward(self, xi):
+    def forward(self, xi, h, net):
+        """xi (M, V), hidden states h (M, C) there -> (M, C);  net: the student's Transformer."""
         z = change_noise(xi, self.noise)
         if self.noise_map == "raw":
             mean, std = self.MEAN_STD.get(self.noise, self.MEAN_STD["gumbel"])
             return self.proj((z - mean) / std)
+        if self.noise_map == "draft":
+            z = self.scale * (z + net.logits(net.norm(h)))      # logp but for a constant per row
+            return z.softmax(dim=-1) @ net.embed.weight[:-1]    # the row of [MASK] is the last
         if self.noise_map == "learned":
             z = self.scale * (z + self.bias)
         return self.proj(z.softmax(dim=-1))
@@ -701,6 +945,7 @@ class Student(nn.Module):
         self.name = "mdlm" if cfg.noise == "none" else cfg.noise
         self.file = f"student-{cfg.noise}.pt"
         self.noise, self.inject = cfg.noise, cfg.inject
+        self.is_draft = cfg.noise != "none" and cfg.noise_map == "draft"
         self.vocab_size = self.mask_id = vocab_size
         self.net = Transformer(cfg, vocab_size, causal=False)
         # Rotary positions are relative: with all tokens masked every position would look alike. The
@@ -708,7 +953,33 @@ class Student(nn.Module):
         self.embed_pos = nn.Embedding(cfg.seq_len, cfg.n_embd)
         nn.init.normal_(self.embed_pos.weight, std=0.02)
         if self.noise != "none":
-            self.embed_noise = NoiseEmbedding(cfg, vocab_size, log_freq)
+            self.noise_embedding = NoiseEmbedding(cfg, vocab_size, log_freq)
+
+    def embed_noise(self, xi, h):
+        """Noise xi (M, V) of masked tokens, whose hidden states are h (M, C), as (M, C)."""
+        return self.noise_embedding(xi, h, self.net).to(h.dtype)
+
+    def hidden(self, xt, embed_noise):
+        """Hidden states (B, T, C) of xt (B, T), ready for net.logits.
+
+        The paper injects the noise once, below the first block. The map "draft" does so at each
+        quarter of the blocks: logp + xi is then what MDLM would draw by Gumbel-Max from what is
+        known so far, a token for each position without regard to the others; the blocks above see
+        these drafts and make them agree.
+
+        embed_noise: function of hidden states (B, T, C), the noise embeddings (M, C) of the masked
+                     tokens, row by row
+        """
+        is_masked = (xt == self.mask_id)[..., None]             # (B, T, 1)
+        x = self.net.embed(xt)                                  # (B, T, C)
+
+        def add_noise(x):
+            return x + torch.zeros_like(x).masked_scatter(is_masked, embed_noise(x))
+
+        if self.noise != "none" and not self.is_draft:
+            x = add_noise(x if self.inject == "add" else x.masked_fill(is_masked, 0.0))
+        return self.net(x + self.embed_pos.weight[:xt.size(1)],
+                        change=add_noise if self.is_draft else None)
 
     def forward(self, xt, xi=None):
         """Logits at the masked positions of xt (B, T), row by row: (M, V).
@@ -716,14 +987,8 @@ class Student(nn.Module):
         xi: (M, V) Gumbel noise of those positions (ignored without noise).
         """
         is_masked = xt == self.mask_id
-        x = self.net.embed(xt)                                  # (B, T, C)
-        if self.noise != "none":
-            e = self.embed_noise(xi).to(x.dtype)                # (M, C)
-            if self.inject == "add":
-                e = e + x[is_masked]
-            x = x.masked_scatter(is_masked[..., None], e)
-        x = x + self.embed_pos.weight[:xt.size(1)]
-        return self.net.head(self.net(x)[is_masked])
+        h = self.hidden(xt, lambda x: self.embed_noise(xi, x[is_masked]))
+        return self.net.logits(h[is_masked])
 
 
 # -----------------------------------------------------------------------------
@@ -743,31 +1008,44 @@ def q_sample(x0, t, mask_id, generator):
     return torch.where(u < t[:, None], mask_id, x0)
 
 
-def student_loss(student, teacher, x0, t, generator, xi=None):
+def student_loss(student, teacher, x0, t, key, recorded=None):
     """- E [ 1/t sum over masked i of log p_theta(x0_i | xt, xi) ] / T, in nats per token.
 
     Without noise this is MDLM's bound on the negative log-likelihood (NELBO). With posterior noise
     it is a conditional loss, no likelihood: that noise knows x0. Everything V-wide (teacher, noise,
-    output head, cross-entropy) is computed at masked positions only.
+    output head, cross-entropy) is computed at masked positions only, and in chunks.
 
-    Args: x0 (B, T) long;  t (B,) in (0, 1];  xi (B, T, V) recorded noise, or None: posterior
+    Args: x0 (B, T) long;  t (B,) in (0, 1];  key: a tuple that names the draws, as in rng(*key)
+          recorded: function of a slice of the batch, its recorded noise (b, T, V); None: posterior
     """
-    xt = q_sample(x0, t, student.mask_id, generator)
+    V, device = student.vocab_size, x0.device
+    xt = q_sample(x0, t, student.mask_id, rng(*key, "mask", device=device))
     is_masked = xt == student.mask_id                           # (B, T)
-    target = x0[is_masked]                                      # (M,)
-    if student.noise == "none":
-        xi = None
-    elif student.noise == "independent":
-        xi = sample_gumbel((len(target), student.vocab_size), generator)
-    elif xi is not None:
-        xi = xi[is_masked]
-    else:
-        with torch.no_grad():
-            xi = posterior_gumbel(teacher.logp(x0, is_masked), target, generator)
-    logits = student(xt, xi)                                    # (M, V)
-    nll = F.cross_entropy(at_least_float32(logits), target, reduction="none")
+    if student.noise not in ("none", "independent") and recorded is None:
+        with torch.inference_mode():
+            h_teacher = teacher.hidden(x0)                      # (B, T, C)
+
+    @torch.no_grad()
+    def noise(rows):
+        """Noise (m, V) of the masked tokens of some sequences, the same whenever it is called."""
+        g, where = rng(*key, "noise", rows.start, device=device), is_masked[rows]
+        if student.noise == "independent":
+            return sample_gumbel((int(where.sum()), V), g)
+        if recorded is not None:
+            return recorded(rows)[where]
+        return posterior_gumbel(teacher.logp(h_teacher[rows][where]), x0[rows][where], g)
+
+    def nll(rows):
+        where = is_masked[rows]
+        return F.cross_entropy(student.net.logits(h[rows][where]), x0[rows][where], reduction="none")
+
+    def embed_noise(x):
+        return in_chunks(lambda rows: student.embed_noise(noise(rows), x[rows][is_masked[rows]]),
+                         x0, V)                                 # (M, C)
+
+    h = student.hidden(xt, embed_noise)                         # (B, T, C)
     weight = (1 / t)[:, None].expand_as(x0)[is_masked]
-    return (weight * nll).sum() / x0.numel()
+    return (weight * in_chunks(nll, x0, V)).sum() / x0.numel()
 
 
 # -----------------------------------------------------------------------------
@@ -862,7 +1140,7 @@ def sample_exact(student, teacher, xi, xt=None):
         draft, is_masked = x[live], x[live] == V                # (b, T)
         draft[is_masked] = (guess[live][is_masked] if student is None else
                             student(draft, xi[live][is_masked]).argmax(dim=-1))
-        answer = (teacher.logp(draft) + xi[live]).argmax(dim=-1)           # (b, T)
+        answer = (teacher(draft) + xi[live]).argmax(dim=-1)           # (b, T)
         agree = (draft == answer) | ~is_masked
         n_agree = agree.long().cumprod(dim=1).sum(dim=1)        # (b,) length of agreeing prefix
         is_kept = torch.arange(T, device=x.device) <= n_agree[:, None]
@@ -875,8 +1153,8 @@ def sample_exact(student, teacher, xi, xt=None):
 
 
 def sampling_batches(n, seq_len, vocab_size, batch_size=1000):
-    """Sample numbers 0..n-1 in batches whose noise (B, T, V) stays under about 0.5 GB."""
-    return torch.arange(n).split(max(1, min(batch_size, 2**27 // (seq_len * vocab_size))))
+    """Sample numbers 0..n-1 in batches whose noise (B, T, V) stays under 256 MiB."""
+    return torch.arange(n).split(max(1, min(batch_size, 2**26 // (seq_len * vocab_size))))
 
 
 @torch.no_grad()
@@ -912,7 +1190,7 @@ def validation_loss(model, teacher, data, cfg):
             loss = teacher_loss(model, rows)
         else:
             t = stratified_time(torch.arange(len(rows), device=device), len(rows), 0.5)
-            loss = student_loss(model, teacher, rows, t, rng("validation", i, device=device))
+            loss = student_loss(model, teacher, rows, t, ("validation", i))
         total += loss.item() * len(rows)
     return total / len(x0)
 
@@ -938,7 +1216,7 @@ def compare_with_teacher(x, teacher_text, teacher, seed):
     accept, nll = 0.0, 0.0
     for index in sampling_batches(len(x), x.size(1), teacher.vocab_size):
         xi, _ = sequence_noise(seed, index, x.size(1), teacher)
-        logp = teacher.logp(x[index])
+        logp = teacher(x[index])
         accept += ((logp + xi).argmax(dim=-1) == x[index]).sum().item() / x.numel()
         nll -= logp.gather(-1, x[index][..., None]).sum().item() / x.numel()
     equal = x == teacher_text
@@ -980,7 +1258,7 @@ def default_temperatures(student, cfg):
     """--temperature or, where it is not given: with noise argmax; without, the student's own
     probabilities, and argmax after them, to show how that collapses."""
     if cfg.temperature is not None:
-        return [cfg.temperature]
+        return numbers(cfg, "temperature")
     return [1.0, 0.0] if student.noise == "none" else [0.0]
 
 
@@ -1004,12 +1282,13 @@ def evaluate(teacher, students, data, cfg):
     for student in students:
         val = dict(val_loss=validation_loss(student, teacher, data, cfg),
                    val_kind="NELBO" if student.noise == "none" else "conditional")
-        temperatures = default_temperatures(student, cfg)
-        for temperature, nfe in itertools.product(temperatures, nfe_list(cfg.nfe)):
-            settings = dict(tau=cfg.tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
+        taus = numbers(cfg, "tau") if student.noise != "none" else [1.0]
+        for nfe, tau, temperature in itertools.product(numbers(cfg, "nfe"), taus,
+                                                       default_temperatures(student, cfg)):
+            settings = dict(tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
             start = time.perf_counter()
             x = generate(student, n, seq_len, cfg.seed, nfe=nfe, **settings)
-            add(student.name, nfe, x, start, temperature == 0 and cfg.tau == 1, **settings, **val)
+            add(student.name, nfe, x, start, temperature == 0 and tau == 1, **settings, **val)
     for student in [s for s in students if s.noise != "none"] + [None]:
         start = time.perf_counter()
         x, report = compare_exact(student, teacher, n, seq_len, cfg.seed)
@@ -1018,7 +1297,7 @@ def evaluate(teacher, students, data, cfg):
     return rows
 
 
-COLUMNS = {"model": "", "nfe": ".4g", "temperature": "g", "valid": ".1%", "distinct": "d",
+COLUMNS = {"model": "", "nfe": ".4g", "tau": "g", "temperature": "g", "valid": ".1%", "distinct": "d",
            "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
            "agree_token": ".3f", "shuffled": ".3f", "agree_seq": ".3f", "accept": ".3f",
            "rounds": ".2f", "equal": ".2%", "val_loss": ".3f", "val_kind": "", "seconds": ".1f"}
@@ -1073,7 +1352,12 @@ def load_student(saved, device):
 
 
 def load_teacher(path, tokenizer, seq_len, device, data_id=None):
-    """A Teacher; UserError if its vocabulary, length or (if given) data are not the caller's."""
+    """A Teacher, from a checkpoint or from transformers.
+
+    Raises: UserError if its vocabulary, length or (if given) data are not the caller's
+    """
+    if not path.endswith(".pt"):
+        return load_pretrained(path, tokenizer, seq_len).to(device)
     saved = load_checkpoint(path, "teacher")
     teacher = Teacher(Config(**saved["config"]), Tokenizer(**saved["tokenizer"]))
     if saved["tokenizer"] != tokenizer.state:
@@ -1085,6 +1369,31 @@ def load_teacher(path, tokenizer, seq_len, device, data_id=None):
         raise UserError(f"{path}: was trained on other data; name its own with --teacher, or "
                         "another --out-dir to train one")
     return load_weights(teacher, saved, device)
+
+
+def load_pretrained(name, tokenizer, seq_len):
+    """A causal language model from the Hugging Face hub or a folder, as Teacher."""
+    try:
+        import transformers
+    except ImportError as e:
+        raise UserError(f"--teacher {name} needs transformers: pip install -e \".[hf]\"") from e
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name)
+        words = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as e:  # offline, no such name, foreign folder: many types
+        raise UserError(f"--teacher {name}: cannot be loaded ({type(e).__name__}: "
+                        f"{str(e).splitlines()[0]}); give a .pt checkpoint of this program, the "
+                        "name of a model on the Hugging Face hub, or a folder with one and its "
+                        "tokenizer") from e
+    sizes = model.config.vocab_size, tokenizer.vocab_size
+    probe = "The teacher's tokens, 12.5 of them;\n\n  naïve?"
+    if sizes[0] != sizes[1] or words.encode(probe) != tokenizer.encode(probe).tolist():
+        raise UserError(f"--teacher {name}: its tokenizer ({sizes[0]} tokens) is not the one here "
+                        f"({sizes[1]} tokens); gpt2 models go with --tokenizer gpt2")
+    longest = getattr(model.config, "max_position_embeddings", seq_len)
+    if seq_len > longest:
+        raise UserError(f"--seq-len {seq_len}: --teacher {name} reads at most {longest} tokens")
+    return Teacher(None, tokenizer, Pretrained(model)).eval().requires_grad_(False)
 
 
 def weights_id(model):
@@ -1137,11 +1446,51 @@ def averaging(decay):
     return update
 
 
-def train(model, loss_fn, teacher, data, cfg, setting_names):
+def batch(data, cfg, step, piece):
+    """One of the cfg.grad_accum pieces of a step's batch.
+
+    Returns: x0 (b, T) long;  t (b,), stratified over the whole batch;  index (b,), which sequences
+    """
+    size = cfg.batch_size // cfg.grad_accum
+    g = rng(cfg.seed, "batch", step, piece)
+    index = torch.randint(data.n_train, (size,), generator=g)
+    strata = torch.arange(piece * size, (piece + 1) * size)
+    t = stratified_time(strata, cfg.batch_size, torch.rand(size, generator=g))
+    tensors = data.rows(index), t, index
+    return [x.pin_memory() for x in tensors] if cfg.device == "cuda" else tensors
+
+
+def one_ahead(fn, calls):
+    """fn(*call) for each of calls, computed by a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for call in calls:
+            now, coming = coming, pool.submit(fn, *call)
+            if now is not None:
+                yield now.result()
+        yield coming.result()
+
+
+class Objective(nn.Module):
+    """model and loss_fn as one module: DDP averages gradients of what runs in a forward()."""
+
+    def __init__(self, model, loss_fn):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, *args):
+        return self.loss_fn(self.model, *args)
+
+
+def train(model, loss_fn, teacher, data, cfg, setting_names, sources=None):
     """Train a Teacher or Student, or reuse a finished one, or with --resume go on.
 
-    loss_fn(model, step, piece): loss of one of the cfg.grad_accum pieces of a step's batch. All its
-    draws are keyed by (seed, step, piece), so the step is all there is to save of the random state.
+    Each step has cfg.grad_accum pieces, dealt to the processes in turn. All draws are keyed by
+    (seed, step, piece), so the step is all there is to save of the random state, and N processes
+    take the steps of one.
+
+    loss_fn(model, x0, t, index, step, piece): loss of a piece;  sources: where steps get their
+    texts, in turn (default: data)
     Returns: the model with averaged weights, in eval mode
     """
     path, log_path = (os.path.join(cfg.out_dir, name) for name in (model.file, "log.jsonl"))
@@ -1172,25 +1521,40 @@ def train(model, loss_fn, teacher, data, cfg, setting_names):
         torch.save(state, path + ".tmp")
         os.replace(path + ".tmp", path)  # a write that is cut off leaves the last checkpoint whole
 
-    if cfg.compile:
+    if cfg.compile == "on" or (cfg.compile == "auto" and cfg.device == "cuda"):
         for block in model.net.blocks:
             block.compile()
+    objective = Objective(model, loss_fn)
+    if WORLD > 1:
+        objective = nn.parallel.DistributedDataParallel(objective)
     is_bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and cfg.device == "cuda")
     n_params, n_tokens = sum(p.numel() for p in model.parameters()), cfg.batch_size * cfg.seq_len
-    print(f"{model.name}: device {cfg.device} | {'bfloat16' if is_bf16 else 'float32'} | "
+    print(f"{model.name}: device {cfg.device} x {WORLD} | {'bfloat16' if is_bf16 else 'float32'} | "
           f"{n_params / 1e6:.2f}M params | {n_tokens:,} tokens/step | "
           f"uniform loss ln V = {math.log(model.vocab_size):.2f} nats")
-    start, first, losses = time.time(), step, []
+    pieces = range(RANK, cfg.grad_accum, WORLD)
+    sources = itertools.cycle(sources or [data])
+    calls = ((source, cfg, k, piece) for k, source in zip(range(cfg.max_steps), sources)
+             if k >= step for piece in pieces)
+    batches = one_ahead(batch, calls)
+    start, first, losses, is_stopped = time.time(), step, [], False
     with catch_stop() as stop:
-        while step < cfg.max_steps and not stop:
+        while step < cfg.max_steps and not is_stopped:
             loss = 0.0
-            for piece in range(cfg.grad_accum):
+            for piece in pieces:
+                x = [a.to(cfg.device, non_blocking=True) for a in next(batches)]
                 torch.manual_seed(rng(cfg.seed, "dropout", step, piece).initial_seed())
-                with torch.autocast(cfg.device, torch.bfloat16, enabled=is_bf16):
-                    piece_loss = loss_fn(model, step, piece) / cfg.grad_accum
-                piece_loss.backward()
-                loss += piece_loss.item()
-            grad = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+                is_last = WORLD == 1 or piece == pieces[-1]
+                with contextlib.nullcontext() if is_last else objective.no_sync():
+                    with torch.autocast(cfg.device, torch.bfloat16, enabled=is_bf16):
+                        piece_loss = objective(*x, step, piece) / len(pieces)
+                    piece_loss.backward()
+                loss += piece_loss.detach()
+            grad = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            report = torch.stack([loss, grad, torch.full_like(loss, bool(stop))])
+            if WORLD > 1:
+                dist.all_reduce(report)
+            loss, grad, is_stopped = (report / WORLD).tolist()
             if not math.isfinite(loss + grad):
                 raise UserError(f"{model.name}: loss {loss}, gradient norm {grad} at step {step}; "
                                 f"the last checkpoint is kept in {cfg.out_dir}. Try a lower --lr "
@@ -1201,7 +1565,7 @@ def train(model, loss_fn, teacher, data, cfg, setting_names):
             ema.update_parameters(model)
             losses.append(loss)
             step += 1
-            if step % cfg.eval_every == 0 or step == cfg.max_steps:
+            if RANK == 0 and (step % cfg.eval_every == 0 or step == cfg.max_steps):
                 save()
                 val = validation_loss(ema.module.eval(), teacher, data, cfg)
                 seconds = time.time() - start
@@ -1216,17 +1580,29 @@ def train(model, loss_fn, teacher, data, cfg, setting_names):
                 with open(log_path, "a") as f:
                     f.write(json.dumps(row) + "\n")
                 losses = []
+    batches.close()
     if step < cfg.max_steps:
-        save()
+        if RANK == 0:
+            save()
         raise UserError(f"{model.name}: stopped at step {step}/{cfg.max_steps}, saved in {path}; "
-                        "the same command with --resume goes on", code=128 + stop[0])
+                        "the same command with --resume goes on",
+                        code=128 + (stop or [signal.SIGTERM])[0])
     return load_weights(model, {"ema": ema.module.state_dict()}, cfg.device)
 
 
 def prepare(cfg):
     """What every training command starts with: checked settings, data, the folder of the run."""
     cfg = resolve(cfg)
+    if WORLD > 1 and not dist.is_initialized():
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+        if RANK > 0:  # process 0 speaks and writes for all
+            sys.stdout = open(os.devnull, "w")
+            dist.barrier()
     data = load_data(cfg)
+    if WORLD > 1 and RANK == 0:  # the others find the token cache that process 0 has written
+        dist.barrier()
     try:
         os.makedirs(cfg.out_dir, exist_ok=True)
         with open(os.path.join(cfg.out_dir, "log.jsonl"), "a"):
@@ -1239,14 +1615,9 @@ def prepare(cfg):
 def train_teacher(cfg, data):
     """The AR teacher of this run's folder, trained, resumed or reused."""
     cfg = dataclasses.replace(cfg, max_steps=cfg.teacher_steps)
-
-    def loss_fn(model, step, piece):
-        g = rng(cfg.seed, "batch", step, piece)
-        index = torch.randint(data.n_train, (cfg.batch_size // cfg.grad_accum,), generator=g)
-        return teacher_loss(model, data.rows(index).to(cfg.device))
-
     torch.manual_seed(cfg.seed)
-    return train(Teacher(cfg, data.tokenizer), loss_fn, None, data, cfg, TEACHER_SETTINGS)
+    return train(Teacher(cfg, data.tokenizer), lambda model, x0, *_: teacher_loss(model, x0), None,
+                 data, cfg, TEACHER_SETTINGS)
 
 
 def get_teacher(cfg, data):
@@ -1275,25 +1646,26 @@ def teacher_data(teacher, data, cfg):
 
 def train_student(cfg, teacher, data):
     """The student with cfg.noise (a single one), trained, resumed or reused."""
-    source = teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
-    size = cfg.batch_size // cfg.grad_accum
+    sources = []
+    if cfg.labels != "teacher":
+        sources.append(data)
+    if cfg.labels != "data":
+        sources.append(teacher_data(teacher, data, cfg))
 
-    def loss_fn(model, step, piece):
-        g = rng(cfg.seed, "batch", step, piece)
-        index = torch.randint(source.n_train, (size,), generator=g)
-        strata = torch.arange(piece * size, (piece + 1) * size)
-        t = stratified_time(strata, cfg.batch_size, torch.rand(size, generator=g)).to(cfg.device)
-        xi = None
-        if cfg.labels == "teacher" and cfg.noise != "none":
-            xi, _ = sequence_noise((cfg.seed, "labels"), index, cfg.seq_len, model)
-        g = rng(cfg.seed, "noise", step, piece, device=cfg.device)
-        return student_loss(model, teacher, source.rows(index).to(cfg.device), t, g, xi)
+    def loss_fn(model, x0, t, index, step, piece):
+        def recorded(rows):
+            return sequence_noise((cfg.seed, "labels"), index[rows], cfg.seq_len, model)[0]
 
-    count = np.bincount(source.train, minlength=teacher.vocab_size) + 1.0
+        is_recorded = sources[step % len(sources)] is not data
+        return student_loss(model, teacher, x0, t, (cfg.seed, "loss", step, piece),
+                            recorded if is_recorded else None)
+
+    count = np.bincount(sources[0].train[:10**7], minlength=teacher.vocab_size) + 1.0
+    log_freq = torch.tensor(count / count.sum()).log().to(torch.get_default_dtype())
     torch.manual_seed(cfg.seed)
-    model = Student(cfg, teacher.vocab_size, torch.tensor(count / count.sum()).log().float())
+    model = Student(cfg, teacher.vocab_size, log_freq)
     return train(model, loss_fn, teacher, data, cfg,
-                 STUDENT_SETTINGS if cfg.noise == "none" else NOISE_SETTINGS)
+                 STUDENT_SETTINGS if cfg.noise == "none" else NOISE_SETTINGS, sources)
 
 
 def run(cfg):
@@ -1303,12 +1675,14 @@ def run(cfg):
     teacher = get_teacher(cfg, data)
     students = [train_student(dataclasses.replace(cfg, noise=noise), teacher, data)
                 for noise in cfg.noise.split(",")]
+    if RANK > 0:
+        return None
     rows = evaluate(teacher, students, data, cfg)
     path = os.path.join(cfg.out_dir, "results.json")
     with open(path, "w") as f:
         json.dump(rows, f, indent=1)
     print_table(rows)
-    nfe = nfe_list(cfg.nfe)[-1]
+    nfe = numbers(cfg, "nfe")[-1]
     for student in students:
         x = generate(student, 1, cfg.seq_len, cfg.seed, nfe=nfe, order=cfg.order,
                      temperature=default_temperatures(student, cfg)[0])

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from gumbel_distill import (Config, UserError, add_flags, compare_exact, default_temperatures,
-                            generate, load_checkpoint, load_student, load_teacher, nfe_list,
+                            flag, generate, load_checkpoint, load_student, load_teacher, numbers,
                             resolve, run_cli, show, weights_id)
 
 FLAGS = "teacher nfe tau temperature top_p order seed device".split()
@@ -72,7 +72,7 @@ def main():
     known = prompt_ids(args.prompt, tokenizer, cfg.seq_len).to(cfg.device)
     print(f"{path}: {student.name}, step {saved['step']}, {cfg.dataset}")
     if args.exact:
-        if (cfg.tau, cfg.top_p, cfg.temperature or 0) != (1, 1, 0):
+        if (numbers(cfg, "tau"), cfg.top_p, numbers(cfg, "temperature") or [0]) != ([1], 1, [0]):
             raise UserError("--exact goes with --tau 1, --top-p 1 and --temperature 0: it writes "
                             "the teacher's text for the noise as it is; leave these flags out")
         teacher_path = (args.teacher or saved["config"]["teacher"]
@@ -82,11 +82,12 @@ def main():
             print(f"note: {teacher_path} is not this student's teacher: as exact, but slower")
         x = exact(student, teacher, cfg.n_samples, cfg.seq_len, cfg.seed, known)[:4]
     else:
-        if len(nfe_list(cfg.nfe)) > 1:
-            raise UserError(f"--nfe {cfg.nfe}: give one number here")
-        x = generate(student, cfg.n_samples, cfg.seq_len, cfg.seed, known, nfe=int(cfg.nfe),
-                     tau=cfg.tau, temperature=default_temperatures(student, cfg)[0],
-                     top_p=cfg.top_p, order=cfg.order)
+        for name in ("nfe", "tau", "temperature"):
+            if len(numbers(cfg, name)) > 1:
+                raise UserError(f"{flag(name)} {getattr(cfg, name)}: give one number here")
+        x = generate(student, cfg.n_samples, cfg.seq_len, cfg.seed, known, order=cfg.order,
+                     nfe=numbers(cfg, "nfe")[0], tau=numbers(cfg, "tau")[0], top_p=cfg.top_p,
+                     temperature=default_temperatures(student, cfg)[0])
     for row in x.cpu():
         print(show(row, cfg.dataset, tokenizer) + "\n")
 

@@ -13,6 +13,11 @@ sys.path.insert(0, str(ROOT))
 import gumbel_distill as gd  # noqa: E402
 
 
+@pytest.fixture(autouse=True, scope="session")
+def token_cache(tmp_path_factory):
+    gd.CACHE = str(tmp_path_factory.mktemp("data"))
+
+
 class Letters:
     """A tokenizer's face for tests that need only numbers."""
     vocab_size = bos_id = 7

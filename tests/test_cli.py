@@ -49,7 +49,8 @@ def test_every_flag_means_the_same_in_every_script(cli, monkeypatch):
     (["--dataset", "mazes"], "--dataset mazes: choose from maze, cities, text"),
     (["--noise", "none,pink"], "--noise none,pink: choose from none, gumbel"),
     (["--nfe", "0"], "--nfe 0"), (["--nfe", "1,x"], "--nfe 1,x"),
-    (["--tau", "-1"], "--tau -1.0: must lie between"), (["--top-p", "2"], "--top-p 2.0"),
+    (["--tau", "-1"], "--tau -1: give numbers from 0"), (["--temperature", "0,x"], "0,x: give"),
+    (["--nfe", "1.5"], "whole numbers"), (["--top-p", "2"], "--top-p 2.0"),
     (["--n-samples", "0"], "--n-samples 0"), (["--batch-size", "0"], "--batch-size 0"),
     (["--batch-size", "10", "--grad-accum", "4"], "--grad-accum 4"),
     (["--n-embd", "30"], "multiple of 4"), (["--order", "right"], "--order right"),
@@ -73,14 +74,14 @@ def test_a_gpu_that_is_not_there_is_named(cli):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("", "empty"), ("  \n", "empty"), (b"\xff\xfe\x00b", "UTF-8"), (b"ab\0cd", "binary"),
+    ("", "too few"), ("  \n", "too few"), (b"\xff\xfe\x00b", "utf-8"), (b"ab\0cd", "binary"),
     ("short", "tokens, too few")])
 def test_unusable_text_is_refused_by_name(text, said, cli, tmp_path):
     path = text_file(tmp_path, text)
     status, _, err = cli(gd.main, "--dataset", "text", "--train-files", path, "--out-dir",
                          tmp_path / "run")
     assert status == 1 and said in err
-    assert said == "tokens, too few" or str(path) in err
+    assert "too few" in said or str(path) in err
     assert not (tmp_path / "run").exists()
 
 

@@ -65,7 +65,7 @@ def test_teacher_probabilities_of_all_sequences_sum_to_one():
     torch.manual_seed(0)
     teacher = gd.Teacher(tiny_config(seq_len=4), Letters).double().eval()
     x0 = torch.tensor(list(itertools.product(range(V), repeat=4)))
-    logp = teacher.logp(x0).gather(-1, x0[..., None]).sum((1, 2))
+    logp = teacher(x0).gather(-1, x0[..., None]).sum((1, 2))
     assert logp.exp().sum().item() == pytest.approx(1, abs=1e-9)
     assert gd.teacher_loss(teacher, x0).item() == pytest.approx(-logp.mean().item() / 4)
 
@@ -78,7 +78,7 @@ def test_serial_extraction_samples_the_teacher(tiny):
     assert (gap > 0).all()
     prefixes = torch.tensor(list(itertools.product(range(V), repeat=3)))
     padded = F.pad(prefixes, (0, T - 3))
-    p = teacher.logp(padded).detach()[:, :3].gather(-1, prefixes[..., None]).sum((1, 2)).exp()
+    p = teacher(padded).detach()[:, :3].gather(-1, prefixes[..., None]).sum((1, 2)).exp()
     number = (x[:, :3] * torch.tensor([V * V, V, 1])).sum(1)
     share = number.bincount(minlength=V**3) / n
     assert (share - p).abs().max() < 4.5 * math.sqrt(p.max() * (1 - p.max()) / n)
@@ -88,7 +88,7 @@ def test_serial_extraction_is_argmax_of_logp_plus_noise(tiny):
     _, teacher, _ = tiny
     xi = gd.sample_gumbel((50, T, V), gd.rng(6), torch.float64)
     x, gap = gd.serial_extraction(teacher, xi)
-    score = teacher.logp(x) + xi
+    score = teacher(x) + xi
     assert score.argmax(-1).equal(x)
     best = score.topk(2).values
     assert torch.allclose(gap, best[..., 0] - best[..., 1])
@@ -98,7 +98,7 @@ def test_posterior_noise_of_a_text_makes_the_serial_teacher_write_that_text(tiny
     """Parallel extraction (one pass) inverts serial extraction (T passes)."""
     _, teacher, _ = tiny
     x0 = torch.randint(V, (200, T), generator=gd.rng(7))
-    xi = gd.posterior_gumbel(teacher.logp(x0), x0, gd.rng(8))
+    xi = gd.posterior_gumbel(teacher(x0), x0, gd.rng(8))
     assert gd.serial_extraction(teacher, xi)[0].equal(x0)
 
 
@@ -119,28 +119,38 @@ def test_times_are_stratified_over_the_batch_and_reach_from_t_min_to_one():
 
 def dense_loss(student, x0, xt, xi, t):
     """The loss with everything at all positions, as the official code computes it."""
-    is_masked = xt == student.mask_id
+    is_masked = (xt == student.mask_id)[..., None]
+
+    def add_noise(x):
+        return torch.where(is_masked, x + student.embed_noise(xi, x), x)        # (B, T, C)
+
     x = student.net.embed(xt)
-    e = student.embed_noise(xi)                                 # (B, T, C), masked or not
-    if student.inject == "add":
-        e = e + x
-    x = torch.where(is_masked[..., None], e, x) + student.embed_pos.weight
-    logp = student.net.head(student.net(x)).log_softmax(-1)     # (B, T, V)
+    if student.is_draft:
+        h = student.net(x + student.embed_pos.weight, change=add_noise)
+    else:
+        if student.inject == "replace":
+            x = torch.where(is_masked, 0.0, x)
+        h = student.net(add_noise(x) + student.embed_pos.weight)
+    logp = student.net.head(h).log_softmax(-1)                  # (B, T, V)
     nll = -logp.gather(-1, x0[..., None])[..., 0]
-    return (nll * is_masked / t[:, None]).mean()
+    return (nll * is_masked[..., 0] / t[:, None]).mean()
 
 
-@pytest.mark.parametrize("noise_map", ["softmax", "raw", "learned"])
+@pytest.mark.parametrize("noise_map", ["softmax", "raw", "learned", "draft"])
 @pytest.mark.parametrize("inject", ["replace", "add"])
-def test_masked_only_loss_equals_the_dense_form_in_value_and_gradient(noise_map, inject, tiny):
+@pytest.mark.parametrize("chunk", [1, 100, 2**23])
+def test_masked_only_loss_equals_the_dense_form_in_value_and_gradient(
+        noise_map, inject, chunk, tiny, monkeypatch):
+    """Also in chunks of 1 and of 2 sequences, whose V-wide tensors are computed twice."""
+    monkeypatch.setitem(gd.CHUNK, "cpu", chunk)
     _, teacher, _ = tiny
     student = gd.Student(tiny_config(noise_map=noise_map, inject=inject), V).double()
     x0 = torch.randint(V, (8, T), generator=gd.rng(3))
     t = gd.stratified_time(torch.arange(8), 8, torch.full((8,), 0.5)).double()
     xi = gd.sample_gumbel((8, T, V), gd.rng(4), torch.float64)
-    xt = gd.q_sample(x0, t, V, gd.rng(5))
+    xt = gd.q_sample(x0, t, V, gd.rng(5, "mask"))
     gradients = []
-    for loss in (gd.student_loss(student, teacher, x0, t, gd.rng(5), xi),
+    for loss in (gd.student_loss(student, teacher, x0, t, (5,), lambda rows: xi[rows]),
                  dense_loss(student, x0, xt, xi, t)):
         student.zero_grad()
         loss.backward()
@@ -154,23 +164,24 @@ def test_loss_draws_posterior_noise_of_the_masked_tokens(tiny):
     """Without recorded noise the loss is that of posterior noise drawn from the same generator."""
     _, teacher, student = tiny
     x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8,), 0.6).double()
-    drawn = gd.student_loss(student, teacher, x0, t, gd.rng(9))
-    g = gd.rng(9)
-    is_masked = gd.q_sample(x0, t, V, g) == V
+    drawn = gd.student_loss(student, teacher, x0, t, (9,))
+    is_masked = gd.q_sample(x0, t, V, gd.rng(9, "mask")) == V
     xi = torch.zeros(8, T, V, dtype=torch.float64)
-    xi[is_masked] = gd.posterior_gumbel(teacher.logp(x0)[is_masked], x0[is_masked], g)
-    assert torch.allclose(drawn, gd.student_loss(student, teacher, x0, t, gd.rng(9), xi))
-    assert not torch.allclose(drawn, gd.student_loss(student, teacher, x0, t, gd.rng(9), xi * 0))
+    xi[is_masked] = gd.posterior_gumbel(teacher(x0)[is_masked], x0[is_masked],
+                                        gd.rng(9, "noise", 0))
+    assert torch.allclose(drawn, gd.student_loss(student, teacher, x0, t, (9,), xi.__getitem__))
+    assert not torch.allclose(drawn, gd.student_loss(student, teacher, x0, t, (9,),
+                                                     (xi * 0).__getitem__))
 
 
 def test_noise_of_unmasked_positions_does_not_matter(tiny):
     _, teacher, student = tiny
     x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8,), 0.5).double()
     xi = gd.sample_gumbel((8, T, V), gd.rng(4), torch.float64)
-    is_masked = gd.q_sample(x0, t, V, gd.rng(5)) == V
+    is_masked = gd.q_sample(x0, t, V, gd.rng(5, "mask")) == V
     other = torch.where(is_masked[..., None], xi, -xi)
-    assert gd.student_loss(student, teacher, x0, t, gd.rng(5), xi).equal(
-        gd.student_loss(student, teacher, x0, t, gd.rng(5), other))
+    assert gd.student_loss(student, teacher, x0, t, (5,), xi.__getitem__).equal(
+        gd.student_loss(student, teacher, x0, t, (5,), other.__getitem__))
 
 
 def test_loss_of_a_student_that_knows_nothing_is_ln_v():
@@ -179,17 +190,16 @@ def test_loss_of_a_student_that_knows_nothing_is_ln_v():
     torch.nn.init.zeros_(student.net.head.weight)
     x0 = torch.zeros(20_000, T, dtype=torch.long)
     t = gd.stratified_time(torch.arange(20_000), 20_000, 0.5)
-    loss = gd.student_loss(student, None, x0, t, gd.rng(11)).item()
+    loss = gd.student_loss(student, None, x0, t, (11,)).item()
     assert loss == pytest.approx(math.log(V), rel=0.03)
 
 
 def test_independent_noise_is_drawn_without_teacher_or_text():
     student = gd.Student(tiny_config(noise="independent"), V).eval()
     x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8,), 0.5)
-    loss = gd.student_loss(student, None, x0, t, gd.rng(12))
-    g = gd.rng(12)
-    xt = gd.q_sample(x0, t, V, g)
-    logits = student(xt, gd.sample_gumbel(((xt == V).sum(), V), g))
+    loss = gd.student_loss(student, None, x0, t, (12,))
+    xt = gd.q_sample(x0, t, V, gd.rng(12, "mask"))
+    logits = student(xt, gd.sample_gumbel(((xt == V).sum(), V), gd.rng(12, "noise", 0)))
     nll = F.cross_entropy(logits, x0[xt == V], reduction="sum")
     assert torch.allclose(loss, nll / 0.5 / x0.numel())
 

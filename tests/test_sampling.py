@@ -168,7 +168,7 @@ def test_agreement_of_the_teacher_with_itself_is_one_and_shuffled_noise_shows_th
     scores = gd.compare_with_teacher(text, text, teacher, 2)
     assert (scores["agree_token"], scores["agree_seq"], scores["accept"]) == (1, 1, 1)
     assert scores["shuffled"] < 0.8
-    logp = teacher.logp(text).gather(-1, text[..., None])
+    logp = teacher(text).gather(-1, text[..., None])
     assert scores["teacher_nll"] == pytest.approx(-logp.mean().item())
     wrong = text.clone()
     wrong[:, 2] = (wrong[:, 2] + 1) % V

@@ -104,6 +104,49 @@ def test_pieces_of_a_batch_add_up_to_its_gradient(tmp_path):
     assert trained(cfg)[1]["step"] == 8
 
 
+DISTRIBUTED = """
+import json, sys, torch
+import gumbel_distill as gd
+gd.CACHE = sys.argv[2]
+torch.set_default_dtype(torch.float64)
+cfg, data = gd.prepare(gd.Config(**json.loads(sys.argv[1])))
+gd.train_student(cfg, gd.get_teacher(cfg, data), data)
+"""
+
+
+@pytest.mark.parametrize("noise", ["none", "gumbel"])
+def test_two_processes_take_the_steps_of_one(noise, tmp_path):
+    """Same global batch, same draws, in float64: parameters equal to 1e-9 after eight steps."""
+    script, states = tmp_path / "distributed.py", []
+    script.write_text(DISTRIBUTED)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launcher, grad_accum in (("one", [], 4), ("two", torchrun, 4)):
+        cfg = config(tmp_path, noise=noise, dropout=0.0, grad_accum=grad_accum,
+                     noise_map="draft", device="cpu", out_dir=str(tmp_path / name))
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), json.dumps(dataclasses.asdict(cfg)),
+             str(tmp_path / "data")], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step      8/8") == 2  # process 0 alone speaks
+        states.append([gd.load_checkpoint(os.path.join(cfg.out_dir, file), kind) for file, kind in
+                       (("teacher.pt", "teacher"), (f"student-{noise}.pt", "student"))])
+    for a, b in zip(*states):
+        assert a["step"] == b["step"] == 8
+        for part in ("model", "ema"):
+            for name, value in a[part].items():
+                assert value.dtype == torch.float64
+                assert torch.allclose(value, b[part][name], rtol=0, atol=1e-9), name
+
+
+def test_processes_share_the_pieces_of_a_batch_evenly(tmp_path, monkeypatch):
+    monkeypatch.setattr(gd, "WORLD", 4)
+    assert gd.resolve(config(tmp_path)).grad_accum == 4
+    assert gd.resolve(config(tmp_path, grad_accum=8)).grad_accum == 8
+    with pytest.raises(gd.UserError, match="--grad-accum 12"):
+        gd.resolve(config(tmp_path, grad_accum=3))
+
+
 def test_averaged_weights_follow_the_warmed_up_decay():
     model = torch.nn.Linear(1, 1, bias=False).double()
     ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=gd.averaging(0.5))
@@ -169,7 +212,7 @@ def test_a_checkpoint_needs_nothing_else_and_keeps_code_out(tmp_path):
 def test_finished_models_are_reused_and_other_settings_refused(tmp_path, capsys):
     trained(config(tmp_path))
     capsys.readouterr()
-    trained(config(tmp_path, nfe="1", tau=0.5))
+    trained(config(tmp_path, nfe="1", tau="0.5"))
     assert "reused" in capsys.readouterr().out
     with pytest.raises(gd.UserError, match="noise_map learned there, raw now.*--out-dir"):
         trained(config(tmp_path, noise_map="raw"))

@@ -1,0 +1,187 @@
+"""Speed and memory of one student training step against a dense one, at the shapes of LM1B.
+
+    python tests/bench.py                                   # a few minutes on a CPU
+    python tests/bench.py --batch-size 128 --dtype bfloat16 # on a GPU
+
+ours    gumbel_distill.student_loss: everything V-wide at masked positions only, and in chunks
+dense   as the official code does it: full (B, L, V) float32 noise, teacher log-probabilities, noise
+        embedding, logits and loss at all positions
+
+Same Transformer, teacher, dtype, compilation, optimiser, texts, times and masks for both; in the
+first step also the same noise, and the losses must be equal to 1e-4. Time and memory are measured in
+processes of their own. Memory is the peak of the process less what was held after the imports, less
+16 bytes for each parameter of the student (weight, gradient, two moments) and 4 for each of the
+teacher; on a CPU the C library is told to hand freed memory back at once, or the peak would be that
+of its cache. As in training, gradients are dropped after each step. Utilisation (on a GPU) is 6 N
+FLOPs a token for the student and 2 N for the teacher, N without the input embeddings, over the
+vendor's dense bfloat16 peak; what is computed again for the backward pass does not count.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import gumbel_distill as gd  # noqa: E402
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}     # FLOP/s, dense bfloat16
+
+
+def memory(device):
+    """Largest number of bytes held so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def noise_of(loss_fn):
+    """The posterior noise (M, V) that a call of student_loss draws."""
+    drawn, real = [], gd.posterior_gumbel
+
+    def recording(*args):
+        drawn.append(real(*args))
+        return drawn[-1]
+    gd.posterior_gumbel = recording
+    with torch.no_grad():
+        loss_fn()
+    gd.posterior_gumbel = real
+    return torch.cat(drawn)
+
+
+def dense_noise(logp, x0, generator):
+    """Theorem 4.1 at every position, in float32: (B, L, V)."""
+    def gumbel(shape):
+        u = torch.rand(shape, generator=generator, device=logp.device)
+        return -torch.log(-torch.log(u + 1e-20) + 1e-20)
+
+    zeta, zeta0 = gumbel(logp.shape), gumbel((*x0.shape, 1))
+    xi = -torch.log(torch.exp(-zeta) + logp.exp() * torch.exp(-zeta0))
+    return xi.scatter(-1, x0[..., None], zeta0 - logp.gather(-1, x0[..., None]))
+
+
+def dense_loss(student, teacher, x0, t, key, same=None):
+    """The loss of gumbel_distill.student_loss; `same`: noise (M, V) to put at masked positions."""
+    xt = gd.q_sample(x0, t, student.mask_id, gd.rng(*key, "mask", device=x0.device))
+    is_masked = (xt == student.mask_id)[..., None]
+    with torch.no_grad():
+        g = gd.rng(*key, "dense", device=x0.device)
+        xi = dense_noise(teacher(x0), x0, g)                    # (B, L, V)
+        if same is not None:
+            xi = xi.masked_scatter(is_masked, same)
+
+    def add_noise(x):
+        return torch.where(is_masked, x + student.embed_noise(xi, x), x)
+    x = student.net.embed(xt)
+    if student.is_draft:
+        h = student.net(x + student.embed_pos.weight, change=add_noise)
+    else:
+        h = student.net(add_noise(torch.where(is_masked, 0.0, x)) + student.embed_pos.weight)
+    logits = student.net.logits(h)                                  # (B, L, V)
+    logp = logits - logits.logsumexp(dim=-1, keepdim=True)
+    # SUBS: what is not masked is carried over, as a distribution on its one token
+    carried = torch.full_like(logp, -1e6).scatter(-1, x0[..., None], 0.0)
+    logp = torch.where(is_masked, logp, carried)
+    nll = -logp.gather(-1, x0[..., None])[..., 0]
+    return (nll / t[:, None]).mean()
+
+
+def measure(side, args):
+    """Train args.steps steps; returns what the table shows, as a dict."""
+    base = memory(args.device)
+    cfg = gd.resolve(gd.Config(dataset="lm1b", noise="gumbel", batch_size=args.batch_size,
+                               grad_accum=1, device=args.device, dtype=args.dtype, compile="off",
+                               noise_map=args.noise_map))
+
+    class Words:
+        vocab_size, bos_id = 50257, 50256
+    torch.manual_seed(0)
+    teacher = gd.Teacher(cfg, Words).to(args.device).eval().requires_grad_(False)
+    student = gd.Student(cfg, Words.vocab_size).to(args.device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, fused=True)
+    if args.device == "cuda":
+        for block in [*teacher.net.blocks, *student.net.blocks]:
+            block.compile()
+    loss_fn = {"ours": gd.student_loss, "dense": dense_loss}[side]
+
+    def step(i):
+        key = ("bench", i)
+        x0 = torch.randint(Words.vocab_size, (cfg.batch_size, cfg.seq_len), generator=gd.rng(*key))
+        x0 = x0.to(args.device)
+        t = gd.stratified_time(torch.arange(len(x0)), len(x0), 0.5).to(args.device)
+        given = (student, teacher, x0, t, key)
+        with torch.autocast(args.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            more = ()
+            if side == "dense" and i == 0:
+                more = (noise_of(lambda: gd.student_loss(*given)),)
+            torch.manual_seed(i)
+            loss = loss_fn(*given, *more)
+        loss.backward()
+        del more
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    first = step(0)
+    for i in (1, 2):                                            # kernels are compiled and packed
+        step(i)
+    start = time.perf_counter()
+    for i in range(3, 3 + args.steps):
+        step(i)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / args.steps
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (student, teacher)]
+    tables = student.net.embed.weight.numel() + student.embed_pos.weight.numel()
+    needed = 6 * (sizes[0] - tables) + 2 * (sizes[1] - teacher.net.embed.weight.numel())
+    n_tokens = cfg.batch_size * cfg.seq_len
+    result = dict(loss=first, peak=memory(args.device), tok_s=n_tokens / seconds, seconds=seconds,
+                  memory=memory(args.device) - base - 16 * sizes[0] - 4 * sizes[1])
+    if args.device == "cuda":
+        name = torch.cuda.get_device_name()
+        peak = next((peak for gpu, peak in PEAK.items() if gpu in name), None)
+        result["utilisation"] = peak and needed * n_tokens / seconds / peak
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batch-size", type=int, default=64 if gpu else 4)
+    parser.add_argument("--steps", type=int, default=20 if gpu else 5, help="timed steps")
+    parser.add_argument("--noise-map", default="softmax", help="softmax is the paper's")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(measure(args.side, args)))
+        return
+    results = {}
+    for side in ("ours", "dense"):
+        call = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+        r = results[side] = json.loads(subprocess.check_output(call, text=True))
+        if args.device == "cpu":
+            env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            slow = json.loads(subprocess.check_output([*call, "--steps", "1"], text=True, env=env))
+            r.update(peak=slow["peak"], memory=slow["memory"])
+        used = r.get("utilisation")
+        print(f"{side:5s}  {r['tok_s']:10,.0f} tok/s  {r['seconds']:8.3f} s/step  "
+              f"peak {r['peak'] / 2**20:6.0f} MiB, beyond weights, gradients and optimiser "
+              f"{r['memory'] / 2**20:6.0f} MiB" + (f"  {used:6.1%} of the GPU's FLOPs" if used else "")
+              + f"  loss {r['loss']:.5f}", flush=True)
+    ours, dense = results["ours"], results["dense"]
+    if abs(ours["loss"] - dense["loss"]) > 1e-4 * dense["loss"]:
+        sys.exit("the losses differ: the two sides do not compute the same")
+    print(f"speed ratio {ours['tok_s'] / dense['tok_s']:.2f}x")
+    print(f"memory ratio {ours['memory'] / dense['memory']:.2f}x")
+
+
+if __name__ == "__main__":
+    main()
