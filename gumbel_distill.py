@@ -25,11 +25,9 @@ What differs from the paper and the official code stands in README.md, "Differen
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import datetime
-import glob
 import hashlib
 import itertools
 import json
@@ -80,7 +78,8 @@ class Config:
     dataset: str = option("maze", "what to learn", ["maze", "cities", "text", "lm1b", "owt"])
     train_files: str = option(None, "text, .jsonl or .parquet, a file or a quoted glob (lm1b, owt:"
                               " default the Hugging Face hub)")
-    val_files: str = option(None, "files to validate on; default: the last 10%% of the others")
+    val_files: str = option(None, "files to validate on, left out of the others; default: the last"
+                            " 10%% of these")
     tokenizer: str = option(None, "tokens of text; gpt2-N: the first N of GPT-2's, for a CPU",
                             ["char", "gpt2", "gpt2-1024", "gpt2-4096"])
     seq_len: int = option(None, "tokens per sequence", low=2)
@@ -99,7 +98,8 @@ class Config:
     inject: str = option("replace", "noise embedding in place of that of [MASK], or added to it"
                          " (draft: always added)", ["replace", "add"])
     labels: str = option("data", "learn real text with posterior noise (Theorem 4.1), the teacher's"
-                         " own samples with theirs, or both in turn", ["data", "teacher", "mixture"])
+                         " own samples with theirs, or both in turn",
+                         ["data", "teacher", "mixture"])
     teacher: str = option(None, "teacher checkpoint, or gpt2, gpt2-large, a folder of transformers;"
                           " default: teacher.pt in --out-dir")
     # training
@@ -131,19 +131,20 @@ class Config:
     out_dir: str = option(None, "folder of this run; default: out/<dataset>")
 
 
-COMMON = dict(dropout=0.0, grad_accum=1, warmup=100, schedule="cosine", ema=0.999)
+COMMON = dict(
+    noise_map="draft", dropout=0.0, grad_accum=1, warmup=100, schedule="cosine", ema=0.999)
 WEB = dict(
-    tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, noise_map="learned", lr=3e-4,
+    noise_map="draft",    tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, lr=3e-4,
     grad_accum=4, warmup=2500, schedule="constant", ema=0.9999, eval_every=1000)
 PRESETS = {
     "maze": dict(
-        COMMON, seq_len=10, n_layer=4, n_head=2, n_embd=64, noise_map="raw", batch_size=64, lr=2e-3,
+        COMMON, seq_len=10, n_layer=4, n_head=2, n_embd=64, batch_size=64, lr=2e-3,
         max_steps=3500, teacher_steps=2500, eval_every=500, nfe="1,2,3,5,10", n_samples=4000),
     "cities": dict(
-        COMMON, seq_len=19, n_layer=4, n_head=2, n_embd=64, noise_map="raw", batch_size=64, lr=2e-3,
+        COMMON, seq_len=19, n_layer=4, n_head=2, n_embd=64, batch_size=64, lr=2e-3,
         max_steps=4000, teacher_steps=1500, eval_every=500, nfe="1,2,4,8,19", n_samples=1000),
     "text": dict(
-        COMMON, tokenizer="char", seq_len=64, n_layer=4, n_head=4, n_embd=128, noise_map="learned",
+        COMMON, tokenizer="char", seq_len=64, n_layer=4, n_head=4, n_embd=128,
         batch_size=32, lr=2e-3, max_steps=1500, teacher_steps=1500, eval_every=300, nfe="1,4,16,64",
         n_samples=200),
     "lm1b": dict(WEB, seq_len=128, batch_size=256, max_steps=20_000, teacher_steps=20_000,
@@ -198,14 +199,14 @@ def resolve(cfg):
 
 def numbers(cfg, name):
     """--nfe 1,2,4 -> [1, 2, 4]; whole numbers from 1 up, for other flags numbers from 0 up"""
-    text, kind, low = getattr(cfg, name), *((int, 1) if name == "nfe" else (float, 0))
+    text = getattr(cfg, name)
+    kind, low, what = (int, 1, "whole numbers") if name == "nfe" else (float, 0, "numbers")
     try:
-        values = [kind(k) for k in text.split(",")] if text else []
+        values = [kind(k) for k in text.split(",")] if text is not None else []
     except ValueError:
         values = [-1]
     if not all(low <= k < math.inf for k in values):
-        what = f"{'whole ' if kind is int else ''}numbers from {low} up, like 1,2,4"
-        raise UserError(f"{flag(name)} {text}: give {what}")
+        raise UserError(f"{flag(name)} {text}: give {what} from {low} up, like 1,2,4")
     return values
 
 
@@ -220,7 +221,7 @@ def rng(*key, device="cpu"):
 
 
 # -----------------------------------------------------------------------------
-# 2. Data: maze, toy sentences, text -> batches of token ids
+# 2. Data: maze and toy sentences -> batches of token ids; running text: text.py
 
 class Tokenizer:
     """A list of words joined by `sep` or, with words None, the first `size` tokens of GPT-2's BPE.
@@ -442,181 +443,13 @@ def load_cities(cfg):
                 stride=cfg.seq_len, judge=judge)
 
 
-# Where running text comes from when no --train-files are given: (name, split) on the Hugging Face
-# hub. These copies are parquet; those under the bare names are scripts, which `datasets` refuses.
-HUB = {"lm1b": {"train": ("dvruette/lm1b", "train"), "val": ("dvruette/lm1b", "test")},
-       "owt": {"train": ("Skylion007/openwebtext", "train")}}
-CACHE = "data"                  # folder of the tokenised texts
-PIECE = 2**16                   # longest piece of text, in characters, that is tokenised at once
-MAX_VAL_DOCUMENTS = 100_000     # OpenWebText's customary validation part
-
-
-def detokenize(text):
-    """LM1B's " ," " 's" " n't" "( " and the like as people write them."""
-    text = re.sub(r"\s+(n't|'(?:s|re|ve|ll|d|m))\b", r"\1", text, flags=re.IGNORECASE)
-    text = re.sub(r"\s+([.,!?;:%)\]}])", r"\1", text)
-    text = re.sub(r"([(\[{$£€#])\s+", r"\1", text)
-    return re.sub(r'"\s*([^"]*?)\s*"', r'"\1"', text)  # quotes open and close in turn
-
-
-def document(text):
-    """A document as a list of pieces, with None for its end; blank ones are left out."""
-    if not isinstance(text, str) or "\0" in text:
-        raise ValueError("no text" if text is None else "not text but binary data or numbers")
-    pieces = [text[i:i + PIECE] for i in range(0, len(text), PIECE)]
-    return pieces + [None] if text.strip() else []
-
-
-def read_file(path, by_line):
-    """The pieces of all documents of a file.
-
-    A document is a row of a .parquet or a line of a .jsonl file (column or field "text"), and of
-    any other file a line (by_line) or the whole.
-    """
-    place = "its beginning"
-    try:
-        if path.endswith(".parquet"):
-            import pyarrow.parquet
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000, columns=["text"])
-            for number, batch in enumerate(batches):
-                place = f"rows from {1000 * number + 1}"
-                for text in batch.column("text").to_pylist():
-                    yield from document(text)
-            return
-        with open(path, encoding="utf-8") as f:
-            is_json = path.endswith(".jsonl")
-            if is_json or by_line:
-                for number, line in enumerate(f, 1):
-                    place = f"line {number}"
-                    yield from document(json.loads(line)["text"] if is_json else line.strip())
-            else:
-                for lines in iter(lambda: f.readlines(PIECE), []):
-                    yield from document("".join(lines))[:-1]
-                yield None
-    except (ValueError, KeyError, TypeError, OSError) as e:  # pyarrow's errors are among these
-        raise UserError(f"{path}, {place}: cannot be read ({type(e).__name__}: {e}); mend or "
-                        "remove it, or leave the file out") from e
-
-
-def read_hub(name, split):
-    """The pieces of all documents of a dataset on the Hugging Face hub; streamed, not stored."""
-    import datasets
-    try:
-        for row in datasets.load_dataset(name, split=split, streaming=True):
-            yield from document(row["text"])
-    except Exception as e:  # offline, renamed, rate limit: many types
-        raise UserError(f"{name} cannot be fetched from the Hugging Face hub ({type(e).__name__}); "
-                        "name a copy on disk with --train-files and --val-files (text, .jsonl or "
-                        ".parquet)") from e
-
-
-def write_tokens(file, pieces, tokenizer, limit, where):
-    """Append the token ids of pieces to an open file, as uint16, in bounded memory.
-
-    Returns: their number, at most `limit`; and where the validation part begins if it has to be cut
-    off here: the last 10 % from the start of a document, or the last MAX_VAL_DOCUMENTS if fewer
-    """
-    total, starts = 0, collections.deque(maxlen=MAX_VAL_DOCUMENTS + 1)
-    bar = tqdm(desc="tokenising", unit=" tokens", unit_scale=True, disable=None)
-    while total < limit and (batch := list(itertools.islice(pieces, 1024))):
-        texts = iter(tokenizer.encode_batch([p for p in batch if p is not None], where))
-        for piece in batch:
-            ids = tokenizer.eos_ids if piece is None else next(texts)
-            file.write(np.array(ids[:limit - total], dtype=np.uint16).tobytes())
-            total += min(len(ids), limit - total)
-            if piece is None:
-                starts.append(total)
-        bar.update(total - bar.n)
-    bar.close()
-    return total, min((s for s in starts if 0.9 * total <= s < total), default=int(0.9 * total))
-
-
-def read_cache(path):
-    """What a token cache says of itself, its last line; {} if it is cut off or something else."""
-    try:
-        with open(path, "rb") as f:
-            f.seek(-8, os.SEEK_END)
-            size = int.from_bytes(f.read(), "little")
-            f.seek(-8 - size, os.SEEK_END)
-            info = json.loads(f.read(size))
-        return info if 2 * info["n_tokens"] + size + 8 == os.path.getsize(path) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def load_tokens(cfg, name, source, tokenizer, limit):
-    """Token ids of a text, 1-D uint16 on disk, from the cache or written there.
-
-    source: paths of files, or (name, split) on the hub;  tokenizer: None makes one of characters
-    Returns: tokens, the tokenizer, and where a validation part would begin
-    """
-    is_hub = isinstance(source, tuple)
-    state = source if is_hub else [(p, os.path.getsize(p), os.stat(p).st_mtime_ns) for p in source]
-    key = repr((cfg.dataset, state, tokenizer and tokenizer.state, limit))
-    digest = hashlib.sha1(key.encode()).hexdigest()[:12]
-    path = os.path.join(CACHE, f"{cfg.dataset}-{name}-{digest}.bin")
-    info = read_cache(path)
-
-    def pieces():
-        by_line = cfg.dataset == "lm1b"
-        texts = read_hub(*source) if is_hub else itertools.chain.from_iterable(
-            read_file(p, by_line) for p in source)
-        return (detokenize(t) if t and by_line else t for t in texts)
-
-    if info.get("key") != key:
-        if tokenizer is None:
-            letters = {"\n"}.union(*(piece for piece in pieces() if piece))
-            tokenizer = Tokenizer(sorted(letters))
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            os.makedirs(CACHE, exist_ok=True)
-            with open(temporary, "wb") as f:
-                n_tokens, val_start = write_tokens(f, pieces(), tokenizer, limit,
-                                                   f"--{name}-files")
-                info = dict(key=key, n_tokens=n_tokens, val_start=val_start,
-                            tokenizer=tokenizer.state)
-                footer = json.dumps(info).encode()
-                f.write(footer + len(footer).to_bytes(8, "little"))
-            os.replace(temporary, path)
-        except OSError as e:
-            raise UserError(f"{path}: cannot be written ({e.strerror}); make room, or start in "
-                            "another folder") from e
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-    tokens = np.memmap(path, np.uint16, "r", shape=(info["n_tokens"] or 1,))[:info["n_tokens"]]
-    return tokens, Tokenizer(**info["tokenizer"]), info["val_start"]
-
-
-def load_text(cfg):
-    """Running text from files, or for lm1b and owt from the hub, through the token cache."""
-    hub, sources = HUB.get(cfg.dataset, {}), {}
-    for name, pattern in (("train", cfg.train_files), ("val", cfg.val_files)):
-        sources[name] = None if cfg.train_files or cfg.val_files else hub.get(name)
-        if pattern:
-            sources[name] = sorted(p for p in glob.glob(pattern, recursive=True)
-                                   if os.path.isfile(p))
-            if not sources[name]:
-                raise UserError(f"--{name}-files {pattern}: no file matches; check the path, and "
-                                "quote a glob like 'texts/*.txt'")
-    if not sources["train"]:
-        raise UserError(f"--dataset {cfg.dataset} needs --train-files, a file or a quoted glob "
-                        "like 'texts/*.txt'")
-    tokenizer = None
-    if cfg.tokenizer != "char":  # "gpt2", or "gpt2-4096" and the like
-        tokenizer = Tokenizer(size=int(cfg.tokenizer[5:] or 50257))
-    limit = cfg.max_tokens or 2**62
-    if not sources["val"]:
-        tokens, tokenizer, start = load_tokens(cfg, "train", sources["train"], tokenizer,
-                                               limit * 10 // 9 + 1)
-        return Data(tokens[:start][:cfg.max_tokens], tokens[start:], cfg.seq_len, tokenizer)
-    train, tokenizer, _ = load_tokens(cfg, "train", sources["train"], tokenizer, limit)
-    val, _, _ = load_tokens(cfg, "val", sources["val"], tokenizer, limit)
-    return Data(train, val, cfg.seq_len, tokenizer)
-
-
 def load_data(cfg):
-    return {"maze": load_maze, "cities": load_cities}.get(cfg.dataset, load_text)(cfg)
+    if cfg.dataset == "maze":
+        return load_maze(cfg)
+    if cfg.dataset == "cities":
+        return load_cities(cfg)
+    from text import load_text  # files, the Hugging Face hub, the token cache
+    return load_text(cfg)
 
 
 def show(ids, dataset, tokenizer):
@@ -1037,7 +870,8 @@ def student_loss(student, teacher, x0, t, key, recorded=None):
 
     def nll(rows):
         where = is_masked[rows]
-        return F.cross_entropy(student.net.logits(h[rows][where]), x0[rows][where], reduction="none")
+        logits = student.net.logits(h[rows][where])             # (m, V)
+        return F.cross_entropy(logits, x0[rows][where], reduction="none")
 
     def embed_noise(x):
         return in_chunks(lambda rows: student.embed_noise(noise(rows), x[rows][is_masked[rows]]),
@@ -1297,8 +1131,8 @@ def evaluate(teacher, students, data, cfg):
     return rows
 
 
-COLUMNS = {"model": "", "nfe": ".4g", "tau": "g", "temperature": "g", "valid": ".1%", "distinct": "d",
-           "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
+COLUMNS = {"model": "", "nfe": ".4g", "tau": "g", "temperature": "g", "valid": ".1%",
+           "distinct": "d", "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
            "agree_token": ".3f", "shuffled": ".3f", "agree_seq": ".3f", "accept": ".3f",
            "rounds": ".2f", "equal": ".2%", "val_loss": ".3f", "val_kind": "", "seconds": ".1f"}
 
@@ -1587,7 +1421,7 @@ def train(model, loss_fn, teacher, data, cfg, setting_names, sources=None):
         raise UserError(f"{model.name}: stopped at step {step}/{cfg.max_steps}, saved in {path}; "
                         "the same command with --resume goes on",
                         code=128 + (stop or [signal.SIGTERM])[0])
-    return load_weights(model, {"ema": ema.module.state_dict()}, cfg.device)
+    return ema.module.eval().requires_grad_(False)  # `model` may be compiled for training shapes
 
 
 def prepare(cfg):
@@ -1596,7 +1430,8 @@ def prepare(cfg):
     if WORLD > 1 and not dist.is_initialized():
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))
         if RANK > 0:  # process 0 speaks and writes for all
             sys.stdout = open(os.devnull, "w")
             dist.barrier()
@@ -1741,4 +1576,5 @@ def main():
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    import gumbel_distill  # so that there is one UserError, here and in what text.py imports
+    gumbel_distill.run_cli(gumbel_distill.main)

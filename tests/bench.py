@@ -8,8 +8,8 @@ dense   as the official code does it: full (B, L, V) float32 noise, teacher log-
         embedding, logits and loss at all positions
 
 Same Transformer, teacher, dtype, compilation, optimiser, texts, times and masks for both; in the
-first step also the same noise, and the losses must be equal to 1e-4. Time and memory are measured in
-processes of their own. Memory is the peak of the process less what was held after the imports, less
+first step also the same noise, and the losses must be equal to 1e-4. Time and memory are measured
+in processes of their own. Memory is the peak of the process less what was held after the imports, less
 16 bytes for each parameter of the student (weight, gradient, two moments) and 4 for each of the
 teacher; on a CPU the C library is told to hand freed memory back at once, or the peak would be that
 of its cache. As in training, gradients are dropped after each step. Utilisation (on a GPU) is 6 N
@@ -168,14 +168,14 @@ def main():
         call = [sys.executable, __file__, *sys.argv[1:], "--side", side]
         r = results[side] = json.loads(subprocess.check_output(call, text=True))
         if args.device == "cpu":
-            env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            env = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
             slow = json.loads(subprocess.check_output([*call, "--steps", "1"], text=True, env=env))
             r.update(peak=slow["peak"], memory=slow["memory"])
-        used = r.get("utilisation")
         print(f"{side:5s}  {r['tok_s']:10,.0f} tok/s  {r['seconds']:8.3f} s/step  "
               f"peak {r['peak'] / 2**20:6.0f} MiB, beyond weights, gradients and optimiser "
-              f"{r['memory'] / 2**20:6.0f} MiB" + (f"  {used:6.1%} of the GPU's FLOPs" if used else "")
-              + f"  loss {r['loss']:.5f}", flush=True)
+              f"{r['memory'] / 2**20:6.0f} MiB  loss {r['loss']:.5f}", flush=True)
+        if r.get("utilisation"):
+            print(f"{side:5s}  {r['utilisation']:.1%} of the GPU's peak FLOP/s")
     ours, dense = results["ours"], results["dense"]
     if abs(ours["loss"] - dense["loss"]) > 1e-4 * dense["loss"]:
         sys.exit("the losses differ: the two sides do not compute the same")

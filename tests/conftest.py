@@ -11,11 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import gumbel_distill as gd  # noqa: E402
+import text  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
 def token_cache(tmp_path_factory):
-    gd.CACHE = str(tmp_path_factory.mktemp("data"))
+    text.CACHE = str(tmp_path_factory.mktemp("data"))
 
 
 class Letters:

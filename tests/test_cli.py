@@ -157,7 +157,8 @@ def test_text_end_to_end_in_a_few_steps(cli, tmp_path):
 
     apart = ["--out-dir", tmp_path / "apart", "--teacher", out / "teacher.pt", "--noise", "gumbel"]
     assert cli(gd.main, *common, *apart, "--nfe", 1)[0] == 0
-    status, said, _ = cli(sample.main, "--ckpt", tmp_path / "apart" / "student-gumbel.pt", "--exact")
+    ckpt = tmp_path / "apart" / "student-gumbel.pt"
+    status, said, _ = cli(sample.main, "--ckpt", ckpt, "--exact")
     assert status == 0 and "equal to serial 4 of 4" in said
 
     (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:1000])

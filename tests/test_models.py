@@ -160,6 +160,29 @@ def test_masked_only_loss_equals_the_dense_form_in_value_and_gradient(
         assert torch.allclose(ours, dense, atol=1e-12)
 
 
+def test_the_dense_step_of_the_benchmark_is_the_same_loss(tiny):
+    import bench
+    _, teacher, _ = tiny
+    x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8,), 0.6).double()
+    for noise_map in ("softmax", "draft"):
+        student = gd.Student(tiny_config(noise_map=noise_map), V).double()
+        given = (student, teacher, x0, t, ("bench", 0))
+        same = bench.noise_of(lambda: gd.student_loss(*given))
+        assert same.shape[1] == V and bench.memory("cpu") > 2**24
+        assert torch.allclose(bench.dense_loss(*given, same), gd.student_loss(*given), atol=1e-10)
+        assert not torch.allclose(bench.dense_loss(*given), gd.student_loss(*given), atol=1e-4)
+
+
+def test_a_draft_is_what_the_student_would_draw_by_gumbel_max(tiny):
+    """At a large scale s the draft is the embedding of argmax(logits + xi)."""
+    student = gd.Student(tiny_config(noise_map="draft"), V).double()
+    student.noise_embedding.scale.data.fill_(1e6)
+    h = torch.randn(5, 16, generator=gd.rng(1), dtype=torch.float64)
+    xi = gd.sample_gumbel((5, V), gd.rng(2), torch.float64)
+    token = (student.net.head(student.net.norm(h)) + xi).argmax(-1)
+    assert torch.allclose(student.embed_noise(xi, h), student.net.embed(token))
+
+
 def test_loss_draws_posterior_noise_of_the_masked_tokens(tiny):
     """Without recorded noise the loss is that of posterior noise drawn from the same generator."""
     _, teacher, student = tiny
@@ -174,8 +197,10 @@ def test_loss_draws_posterior_noise_of_the_masked_tokens(tiny):
                                                      (xi * 0).__getitem__))
 
 
-def test_noise_of_unmasked_positions_does_not_matter(tiny):
-    _, teacher, student = tiny
+@pytest.mark.parametrize("noise_map", ["raw", "draft"])
+def test_noise_of_unmasked_positions_does_not_matter(noise_map, tiny):
+    _, teacher, _ = tiny
+    student = gd.Student(tiny_config(noise_map=noise_map), V).double()
     x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8,), 0.5).double()
     xi = gd.sample_gumbel((8, T, V), gd.rng(4), torch.float64)
     is_masked = gd.q_sample(x0, t, V, gd.rng(5, "mask")) == V

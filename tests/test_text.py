@@ -13,6 +13,7 @@ import torch
 
 import gumbel_distill as gd
 import sample
+import text as text_module
 from conftest import ROOT
 
 LM1B = ["He did n't say \" no \" ( or yes ) , she 's sure .", "Prices rose 5 % : to $ 3 ."]
@@ -38,7 +39,7 @@ def write(path, texts):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(gd, "CACHE", str(tmp_path / "data"))
+    monkeypatch.setattr(text_module, "CACHE", str(tmp_path / "data"))
     return tmp_path / "data"
 
 
@@ -63,6 +64,16 @@ def test_real_lm1b_text_reads_like_text(cache, real_data):
     assert 100_000 < len(data.train) < 250_000 and data.train.dtype == np.uint16
 
 
+def test_validation_files_are_left_out_of_the_training_files(tmp_path, cache, real_data):
+    for name in "abc":
+        write(tmp_path / f"{name}.txt", [f"the letter {name}"] * 10)
+    data = load(dataset="lm1b", train_files=str(tmp_path / "*.txt"),
+                val_files=str(tmp_path / "b.txt"))
+    train, val = (data.tokenizer.decode(x) for x in (data.train, data.val))
+    assert "letter a" in train and "letter c" in train and "letter b" not in train
+    assert set(val.split("<|endoftext|>")) == {"the letter b", ""}
+
+
 def test_openwebtext_documents_end_with_end_of_text(cache, real_data):
     data = load(dataset="owt", train_files=str(real_data / "openwebtext-800.jsonl"))
     assert (data.train == 50256).sum() + (data.val == 50256).sum() == 800
@@ -74,7 +85,7 @@ def test_openwebtext_documents_end_with_end_of_text(cache, real_data):
 
 
 def test_the_validation_part_is_the_last_documents_100000_at_most(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(gd, "MAX_VAL_DOCUMENTS", 3)
+    monkeypatch.setattr(text_module, "MAX_VAL_DOCUMENTS", 3)
     path = write(tmp_path / "a.jsonl", [f"document {i:02d}" for i in range(100)])
     data = load(dataset="text", train_files=path)
     text = data.tokenizer.decode(data.val)
@@ -93,8 +104,8 @@ def test_gpt2_cut_to_its_first_tokens_is_a_tokenizer_of_its_own(real_data):
 def test_text_is_tokenised_once_and_again_only_when_something_changed(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "a.jsonl", [f"document {i}" for i in range(100)])
     calls = []
-    real = gd.write_tokens
-    monkeypatch.setattr(gd, "write_tokens", lambda *args: calls.append(1) or real(*args))
+    real = text_module.write_tokens
+    monkeypatch.setattr(text_module, "write_tokens", lambda *args: calls.append(1) or real(*args))
     given = dict(dataset="text", train_files=path)
     first = load(**given)
     again = load(**given)
@@ -121,7 +132,7 @@ def test_max_tokens_stops_the_reading(tmp_path, cache):
         load(dataset="text", train_files=path)
     letters = gd.Tokenizer(list("0123456789"))
     cfg = gd.resolve(gd.Config(dataset="text", train_files=path))
-    tokens, _, _ = gd.load_tokens(cfg, "train", [path], letters, 500)
+    tokens, _, _ = text_module.load_tokens(cfg, "train", [path], letters, 500)
     assert len(tokens) == 500
 
 
@@ -150,7 +161,7 @@ def test_parquet_without_text_is_refused(tmp_path, cache):
 
 
 def test_a_long_document_is_cut_into_pieces_not_lost(tmp_path, cache):
-    letters = np.random.default_rng(0).choice(list("abcdefgh "), 5 * gd.PIECE)
+    letters = np.random.default_rng(0).choice(list("abcdefgh "), 5 * text_module.PIECE)
     for ending in (".jsonl", ".txt"):
         data = load(dataset="text", train_files=write(tmp_path / f"a{ending}", ["".join(letters)]))
         both = data.tokenizer.decode(np.concatenate([data.train, data.val]))
@@ -162,7 +173,7 @@ def test_a_full_disk_while_caching_is_named_and_leaves_nothing(tmp_path, cache, 
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(gd, "write_tokens", full)
+    monkeypatch.setattr(text_module, "write_tokens", full)
     with pytest.raises(gd.UserError, match="cannot be written .No space left.*make room"):
         load(dataset="text", train_files=path)
     assert not list(cache.iterdir())
@@ -195,7 +206,8 @@ def test_the_hub_is_read_as_a_stream(cache, tmp_path, monkeypatch, real_data):
 MEMORY = """
 import resource, sys
 import gumbel_distill as gd
-gd.CACHE = sys.argv[2]
+import text as text_module
+text_module.CACHE = sys.argv[2]
 cfg = gd.resolve(gd.Config(dataset="lm1b", train_files=sys.argv[1]))
 gd.Tokenizer().encode_batch(["warm up"] * 8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -271,7 +283,8 @@ def test_a_student_learns_from_a_gpt2_teacher(gpt2_folder, cli, tmp_path, cache)
     status, said, err = cli(gd.main, *given, "--teacher", gpt2_folder)
     assert status == 0, err
     assert not (tmp_path / "run" / "teacher.pt").exists()
-    status, said, err = cli(sample.main, "--ckpt", tmp_path / "run" / "student-gumbel.pt", "--exact")
+    ckpt = tmp_path / "run" / "student-gumbel.pt"
+    status, said, err = cli(sample.main, "--ckpt", ckpt, "--exact")
     assert status == 0 and "equal to serial 4 of 4" in said, err
     for flags, text in ((["--tokenizer", "gpt2-1024"], ["50257", "1024"]),
                         (["--tokenizer", "char"], ["50257", "tokens) is not the one here"]),

@@ -106,8 +106,8 @@ def test_pieces_of_a_batch_add_up_to_its_gradient(tmp_path):
 
 DISTRIBUTED = """
 import json, sys, torch
-import gumbel_distill as gd
-gd.CACHE = sys.argv[2]
+import gumbel_distill as gd, text
+text.CACHE = sys.argv[2]
 torch.set_default_dtype(torch.float64)
 cfg, data = gd.prepare(gd.Config(**json.loads(sys.argv[1])))
 gd.train_student(cfg, gd.get_teacher(cfg, data), data)
@@ -214,10 +214,10 @@ def test_finished_models_are_reused_and_other_settings_refused(tmp_path, capsys)
     capsys.readouterr()
     trained(config(tmp_path, nfe="1", tau="0.5"))
     assert "reused" in capsys.readouterr().out
-    with pytest.raises(gd.UserError, match="noise_map learned there, raw now.*--out-dir"):
+    with pytest.raises(gd.UserError, match="noise_map draft there, raw now.*--out-dir"):
         trained(config(tmp_path, noise_map="raw"))
     kept = gd.load_checkpoint(str(tmp_path / "run" / "student-gumbel.pt"), "student")
-    assert kept["settings"]["noise_map"] == "learned"
+    assert kept["settings"]["noise_map"] == "draft"
 
 
 def test_a_cut_off_write_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
