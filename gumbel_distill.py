@@ -5,6 +5,7 @@ Paper: Zhang, Hu, Liu and Liu, ICLR 2026, arXiv 2603.22216. Official code: hxixi
     python gumbel_distill.py                                           # the maze: minutes on a CPU
     python gumbel_distill.py --dataset cities                          # toy sentences, likewise
     python gumbel_distill.py --dataset text --train-files input.txt    # your own text
+    python gumbel_distill.py --dataset lm1b                            # LM1B, on one GPU
 
 A parallel decoder fills many positions at once and draws their tokens independently, so "San" can
 meet "Angeles". An autoregressive (AR) teacher draws one token after the other, each draw being
@@ -1132,9 +1133,10 @@ def evaluate(teacher, students, data, cfg):
 
 
 COLUMNS = {"model": "", "nfe": ".4g", "tau": "g", "temperature": "g", "valid": ".1%",
-           "distinct": "d", "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
-           "agree_token": ".3f", "shuffled": ".3f", "agree_seq": ".3f", "accept": ".3f",
-           "rounds": ".2f", "equal": ".2%", "val_loss": ".3f", "val_kind": "", "seconds": ".1f"}
+           "distinct": "d", "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f",
+           "entropy": ".3f", "agree_token": ".3f", "shuffled": ".3f", "agree_seq": ".3f",
+           "accept": ".3f", "rounds": ".2f", "equal": ".2%", "val_loss": ".3f", "val_kind": "",
+           "seconds": ".1f"}
 
 
 def print_table(rows):

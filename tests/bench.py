@@ -9,8 +9,8 @@ dense   as the official code does it: full (B, L, V) float32 noise, teacher log-
 
 Same Transformer, teacher, dtype, compilation, optimiser, texts, times and masks for both; in the
 first step also the same noise, and the losses must be equal to 1e-4. Time and memory are measured
-in processes of their own. Memory is the peak of the process less what was held after the imports, less
-16 bytes for each parameter of the student (weight, gradient, two moments) and 4 for each of the
+in processes of their own. Memory is the peak of the process less what was held after the imports,
+less 16 bytes for each parameter of the student (weight, gradient, two moments) and 4 for each of the
 teacher; on a CPU the C library is told to hand freed memory back at once, or the peak would be that
 of its cache. As in training, gradients are dropped after each step. Utilisation (on a GPU) is 6 N
 FLOPs a token for the student and 2 N for the teacher, N without the input embeddings, over the
@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -126,17 +127,19 @@ def measure(side, args):
         del more
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         return loss.item()
 
     first = step(0)
     for i in (1, 2):                                            # kernels are compiled and packed
         step(i)
-    start = time.perf_counter()
+    times = []
     for i in range(3, 3 + args.steps):
+        start = time.perf_counter()
         step(i)
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / args.steps
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (student, teacher)]
     tables = student.net.embed.weight.numel() + student.embed_pos.weight.numel()
     needed = 6 * (sizes[0] - tables) + 2 * (sizes[1] - teacher.net.embed.weight.numel())
@@ -154,7 +157,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
     parser.add_argument("--batch-size", type=int, default=64 if gpu else 4)
     parser.add_argument("--steps", type=int, default=20 if gpu else 5, help="timed steps")
     parser.add_argument("--noise-map", default="softmax", help="softmax is the paper's")

@@ -3,6 +3,8 @@
 import re
 import shlex
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import gumbel_distill as gd
@@ -20,6 +22,8 @@ SMALL = ("--n-layer 1 --n-head 2 --n-embd 16 --max-steps 4 --eval-every 4 --warm
 def test_everything_the_readme_names_exists():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     code = (ROOT / "gumbel_distill.py").read_text()
+    for name in re.findall(r"`(tests/[\w.]+|\w+\.py)`", README):
+        assert (ROOT / name).exists(), name
     for name in re.findall(r"`(test_\w+)`", README):
         assert f"def {name}(" in tests, name
     rows = README[README.index("## The paper and the code"):README.index("**Exact mode.**")]
@@ -28,23 +32,49 @@ def test_everything_the_readme_names_exists():
             assert re.search(rf"^(def|class) {name}\b", code, re.M), name
     for name in re.findall(r"\]\((?!http)([\w./-]+)\)", README):
         assert (ROOT / name).exists(), name
-    flags = {gd.flag(name) for name in gd.Config.__dataclass_fields__} | {"--exact", "--help"}
+    flags = {gd.flag(name) for name in gd.Config.__dataclass_fields__}
+    flags |= {"--exact", "--help", "--standalone", "--nproc_per_node"}
     own = re.sub(r"pip install.*", "", README)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", own)) <= flags
 
 
-def test_every_command_of_the_readme_runs(cli, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("input.txt", "tinyshakespeare.txt"):
-        (tmp_path / name).write_text("to be or not to be, that is the question.\n" * 40)
-    commands = re.findall(r"python ((?:gumbel_distill|train_teacher|sample)\.py[^`\n]*)", README)
-    assert len(commands) >= 7
+COMMANDS = re.findall(r"(?:python|torchrun [^`\n]*?) "
+                      r"((?:gumbel_distill|train_teacher|sample)\.py[^`\n]*)", README)
+
+
+def run_commands(commands, cli):
     for command in commands:
         # S and MAP stand for a seed and a noise map
         words = shlex.split(re.sub(r"\bMAP\b", "softmax", re.sub(r"\bS\b", "0", command)))
         small = [] if words[0] == "sample.py" else SMALL
         status, _, err = cli(SCRIPTS[words[0]], *words[1:], *small)
         assert status == 0, (command, err)
+
+
+def test_every_command_of_the_readme_runs(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("input.txt", "tinyshakespeare.txt"):
+        (tmp_path / name).write_text("to be or not to be, that is the question.\n" * 40)
+    commands = [c for c in COMMANDS if "lm1b" not in c and "owt" not in c]
+    assert len(commands) >= 7
+    run_commands(commands, cli)
+
+
+def test_every_command_on_real_text_runs(cli, tmp_path, monkeypatch, real_data):
+    """What comes from the hub is read from a local file of the same format."""
+    import datasets
+    real = datasets.load_dataset
+    pq.write_table(pa.table({"text": ["To be , or not to be ."] * 200}), tmp_path / "hub.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: real(
+        "parquet", data_files=str(tmp_path / "hub.parquet"), split="train", streaming=streaming))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lm1b").mkdir()
+    for i in (0, 1, 4, 5):
+        (tmp_path / "lm1b" / f"news.en.heldout-0000{i}-of-00050").write_text("It 's so .\n" * 200)
+    tiny = " --tokenizer gpt2-1024 --seq-len 16 --batch-size 4 --grad-accum 1 --nfe 2 --out-dir "
+    commands = [c for c in COMMANDS if "lm1b" in c or "owt" in c]
+    assert len(commands) >= 5
+    run_commands([f"{c}{tiny}run-{i}" for i, c in enumerate(commands)], cli)
 
 
 def test_the_test_command_is_what_ci_runs():

@@ -59,7 +59,7 @@ def interrupt_after(monkeypatch, n_steps):
     monkeypatch.setattr(gd, "learning_rate", counted)
 
 
-@pytest.mark.parametrize("labels", ["data", "teacher"])
+@pytest.mark.parametrize("labels", ["data", "teacher", "mixture"])
 @pytest.mark.parametrize("stop_at", [3, 13])
 def test_resumed_equals_uninterrupted_bit_for_bit(stop_at, labels, tmp_path, monkeypatch):
     whole = trained(config(tmp_path, labels=labels))
