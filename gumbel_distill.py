@@ -104,7 +104,8 @@ class Config:
     teacher: str = option(None, "teacher checkpoint, or gpt2, gpt2-large, a folder of transformers;"
                           " default: teacher.pt in --out-dir")
     # training
-    batch_size: int = option(None, "sequences per optimiser step", low=1)
+    batch_size: int = option(None, "sequences per optimiser step; of sample.py: texts at once",
+                             low=1)
     grad_accum: int = option(None, "pieces to split a batch into, to save memory", low=1)
     max_steps: int = option(None, "optimiser steps of each model", low=1)
     teacher_steps: int = option(None, "of the teacher, if not --max-steps", low=1)
@@ -119,7 +120,8 @@ class Config:
     temperature: str = option(None, "0: argmax (default with noise); 1: the student's own"
                               " probabilities (default without); or several, like 0,0.5,1")
     top_p: float = option(1.0, "nucleus: the likeliest tokens of this total", low=0, high=1)
-    order: str = option("random", "masked tokens to fill first", ["random", "confidence", "left"])
+    order: str = option("random", "which masked tokens to fill first",
+                        ["random", "first-hitting", "confidence", "left"])
     n_samples: int = option(None, "samples per row of the table", low=1)
     # machine
     seed: int = option(0, "seed of every random draw")
@@ -129,7 +131,8 @@ class Config:
     compile: str = option("auto", "torch.compile the Transformer blocks; auto: on a GPU",
                           ["auto", "on", "off"])
     resume: bool = option(False, "go on with an interrupted run")
-    out_dir: str = option(None, "folder of this run; default: out/<dataset>")
+    out_dir: str = option(None, "folder of this run; default: out/<dataset>, for sample.py"
+                          " out/eval")
 
 
 COMMON = dict(
@@ -914,16 +917,20 @@ def draw_tokens(logits, u, temperature, top_p):
 
 
 @torch.no_grad()
-def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="random", xt=None):
+def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="random", xt=None,
+           on_step=None):
     """Fill all masked tokens in nfe steps, from t = 1 to t = 0.
 
-    order: random      ancestral, as MDLM: a token is filled when time falls below u[:, 0], which in
-                       a step from t to s is so with probability (t - s) / t
-           confidence  the same number each step, those first of which the student is surest
-           left        the same number each step, from left to right, as the teacher writes
+    order: random         ancestral, as MDLM: a token is filled when time falls below u[:, 0], which
+                          in a step from t to s is so with probability (t - s) / t
+           first-hitting  the same order, but the same number each step; with nfe >= T one token a
+                          step, which is the law of the process in continuous time, without its
+                          idle steps (Zheng et al. 2025; the student does not read the time)
+           confidence     the same number each step, those first of which the student is surest
+           left           the same number each step, from left to right, as the teacher writes
 
     Args:    xi (B, T, V), u (B, 2, T) from sequence_noise; xt (B, T) long, known tokens kept,
-             mask_id elsewhere (default: all masked)
+             mask_id elsewhere (default: all masked); on_step: called with xt after each step
     Returns: (B, T) long. Nothing is masked, also when nfe > T
     """
     B, _, T = u.shape
@@ -931,7 +938,7 @@ def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="rand
         xt = torch.full((B, T), student.mask_id, device=u.device)
     n_start = (xt == student.mask_id).sum(dim=1)                # (B,)
     score = u[:, 0]
-    if order != "random":
+    if order in ("confidence", "left"):
         score = -torch.arange(T, device=u.device).expand(B, T).double()
     for k in range(1, nfe + 1):
         is_masked = xt == student.mask_id
@@ -943,11 +950,13 @@ def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="rand
         logits = student(xt, tau * xi[is_masked])               # (M, V)
         tokens = draw_tokens(logits, u[:, 1][is_masked], temperature, top_p)
         if order == "confidence":
-            top = at_least_float32(logits).softmax(dim=-1).amax(dim=-1).to(score.dtype)
+            top = logits.softmax(dim=-1).amax(dim=-1).to(score.dtype)
             score = score.masked_scatter(is_masked, top)
         rank = score.masked_fill(~is_masked, -math.inf).argsort(dim=1, descending=True, stable=True)
         is_filled = is_masked & (rank.argsort(dim=1) < n_fill[:, None])
         xt = torch.where(is_filled, xt.masked_scatter(is_masked, tokens), xt)
+        if on_step:
+            on_step(xt)
     return xt
 
 
@@ -993,13 +1002,17 @@ def sampling_batches(n, seq_len, vocab_size, batch_size=1000):
 
 
 @torch.no_grad()
-def generate(model, n, seq_len, seed=0, known=None, **settings):
+def generate(model, n, seq_len, seed=0, known=None, batch_size=1000, progress=None, **settings):
     """n texts (n, T) long of a Student (settings as in `sample`) or of a Teacher (tau only).
 
+    Text i depends on (seed, i) alone, whatever the batch.
+
     known: (T,) long, tokens to keep in every text; V where there is none
+    progress: label of a progress bar
     """
     texts = []
-    for index in sampling_batches(n, seq_len, model.vocab_size):
+    batches = sampling_batches(n, seq_len, model.vocab_size, batch_size)
+    for index in tqdm(batches, desc=progress, disable=None if progress else True):
         xi, u = sequence_noise(seed, index, seq_len, model)
         xt = None if known is None else known.expand(len(index), seq_len)
         if isinstance(model, Teacher):
@@ -1139,10 +1152,10 @@ COLUMNS = {"model": "", "nfe": ".4g", "tau": "g", "temperature": "g", "valid": "
            "seconds": ".1f"}
 
 
-def print_table(rows):
-    """Rows (dicts) as aligned text, with those of COLUMNS that any row has."""
-    names = [c for c in COLUMNS if any(c in r for r in rows)]
-    lines = [names] + [[format(r[c], COLUMNS[c]) if c in r else "" for c in names] for r in rows]
+def print_table(rows, columns=COLUMNS):
+    """Rows (dicts) as aligned text, with those of the columns that any row has."""
+    names = [c for c in columns if any(c in r for r in rows)]
+    lines = [names] + [[format(r[c], columns[c]) if c in r else "" for c in names] for r in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])]
@@ -1159,7 +1172,7 @@ STUDENT_SETTINGS = TEACHER_SETTINGS + ["noise", "labels"]
 NOISE_SETTINGS = STUDENT_SETTINGS + ["noise_map", "inject"]
 
 
-def load_checkpoint(path, kind):
+def load_checkpoint(path, *kinds):
     """A checkpoint as a dict of tensors and plain values; code in the file is refused."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; check the path, or train it first")
@@ -1169,8 +1182,8 @@ def load_checkpoint(path, kind):
     except Exception as e:  # torch raises many types for cut-off and foreign files
         raise UserError(f"{path}: cut off, or no checkpoint of this program "
                         f"({type(e).__name__}); delete it and train again") from e
-    if found != kind:
-        raise UserError(f"{path}: holds a {found}, but a {kind} is needed here")
+    if found not in kinds:
+        raise UserError(f"{path}: holds a {found}, but a {' or '.join(kinds)} is needed here")
     return saved
 
 

@@ -1,6 +1,7 @@
 """Shared by all tests: tiny models, real text where it is at hand, one maze run per session."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -82,3 +83,18 @@ def cli(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return status, out, err
     return call
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path, real_data):
+    """A tiny random GPT-2 and its tokenizer, in the files that transformers expects."""
+    transformers = pytest.importorskip("transformers")
+    transformers.set_seed(0)
+    folder = tmp_path / "tiny-gpt2"
+    config = transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=2, n_head=2,
+                                     initializer_range=0.5, tie_word_embeddings=False)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    for name, sha in (("merges.txt", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
+                      ("vocab.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
+        shutil.copy(real_data / "tiktoken_cache" / sha, folder / name)
+    return folder

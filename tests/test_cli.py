@@ -148,7 +148,10 @@ def test_text_end_to_end_in_a_few_steps(cli, tmp_path):
     for args, text in ((["--prompt", "xyz"], "'x'"), (["--prompt", "to be or not"], "12 tokens"),
                        (["-n", 0], "--n-samples 0"), (["--nfe", 0], "--nfe 0"),
                        (["--exact", "--tau", 0.5], "--tau 1"),
-                       (["--ckpt", out / "teacher.pt"], "holds a teacher"),
+                       (["--exact", "--ckpt", out / "teacher.pt"], "holds a teacher"),
+                       (["--exact", "--prompt", "to_b"], "cannot fill a gap"),
+                       (["--prompt", "to" + 7 * "_"], "9 tokens"), (["--tau", "0,1"], "--tau 0,1"),
+                       (["--ckpt", ckpt, ckpt], "one checkpoint"),
                        (["--exact", "--teacher", ckpt], "holds a student")):
         status, _, err = cli(sample.main, "--ckpt", ckpt, *args)
         assert status == 1 and text in err and err.count("\n") == 1

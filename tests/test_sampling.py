@@ -29,7 +29,7 @@ class Recorder(torch.nn.Module):
         return self.logits.expand(len(xt), T, V)[xt == V]
 
 
-@pytest.mark.parametrize("order", ["random", "confidence", "left"])
+@pytest.mark.parametrize("order", ["random", "first-hitting", "confidence", "left"])
 @pytest.mark.parametrize("nfe", [1, 2, 5, 6, 40])
 def test_nothing_stays_masked_and_known_tokens_stay(order, nfe, tiny):
     _, _, student = tiny
@@ -40,7 +40,7 @@ def test_nothing_stays_masked_and_known_tokens_stay(order, nfe, tiny):
     assert (x < V).all() and (x[:, 2] == 3).all() and (x[:10, 5] == 1).all()
 
 
-@pytest.mark.parametrize("order", ["confidence", "left"])
+@pytest.mark.parametrize("order", ["first-hitting", "confidence", "left"])
 def test_equal_numbers_are_filled_each_step(order):
     student = Recorder(torch.randn(T, V, generator=gd.rng(1)))
     gd.sample(student, *draws(3), 3, order=order)

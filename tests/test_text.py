@@ -2,7 +2,6 @@
 
 import errno
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -243,21 +242,6 @@ def test_lm1b_end_to_end_with_a_small_model(cli, tmp_path, cache, real_data):
     assert exact["equal"] == 1
     losses = [r["val_loss"] for r in rows if r["model"] == "teacher"]
     assert losses[0] < np.log(1024)
-
-
-@pytest.fixture
-def gpt2_folder(tmp_path, real_data):
-    """A tiny random GPT-2 and its tokenizer, in the files that transformers expects."""
-    transformers = pytest.importorskip("transformers")
-    transformers.set_seed(0)
-    folder = tmp_path / "tiny-gpt2"
-    config = transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=2, n_head=2,
-                                     initializer_range=0.5, tie_word_embeddings=False)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    for name, sha in (("merges.txt", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
-                      ("vocab.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
-        shutil.copy(real_data / "tiktoken_cache" / sha, folder / name)
-    return folder
 
 
 def test_a_gpt2_teacher_gives_the_probabilities_of_transformers(gpt2_folder):
