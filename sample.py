@@ -8,6 +8,7 @@
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -188,6 +189,19 @@ def text_features(texts, name, max_tokens):
     return get_features_from_input(None, None, texts, name, max_tokens, device, "texts", 16)
 
 
+@contextlib.contextmanager
+def quiet_stderr():
+    """faiss, below mauve-text, warns of few points in C++, five lines a score; we warn once."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
 def mauve(p, q, seeds=range(25, 30)):
     """MAUVE (Pillutla et al. 2021) of features p, q (n, d): mean and spread over k-means seeds.
 
@@ -198,7 +212,8 @@ def mauve(p, q, seeds=range(25, 30)):
         if not np.isfinite(f).all() or n_distinct < max(5, len(f) // 20):
             raise ValueError(f"only {n_distinct} of {len(f)} {name} features are distinct")
     from mauve import compute_mauve
-    scores = [compute_mauve(p_features=p, q_features=q, seed=seed).mauve for seed in seeds]
+    with quiet_stderr():
+        scores = [compute_mauve(p_features=p, q_features=q, seed=seed).mauve for seed in seeds]
     return float(np.mean(scores)), float(np.std(scores, ddof=1))
 
 
@@ -211,8 +226,9 @@ def distinct_n(x, n):
 # -----------------------------------------------------------------------------
 # Evaluation: one row for each checkpoint and setting
 
-EVAL_COLUMNS = {"gen_ppl": ".2f", "mauve": ".3f", "mauve_sd": ".3f", "distinct_1": ".3f",
-                "distinct_2": ".3f", "samples_s": ".1f"}
+EVAL_COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "gen_ppl": ".2f",
+                "mauve": ".3f", "mauve_sd": ".3f", "distinct_1": ".3f", "distinct_2": ".3f",
+                "samples_s": ".1f"}
 
 
 class Evaluation:
@@ -312,7 +328,7 @@ def evaluate(paths, args, cfg):
             rows.append(table.add(
                 lambda: generate(model, n, cfg.seq_len, progress=f"{name}, nfe {nfe}", **settings,
                                  **common), model=name, weights=weights_id(model), **settings))
-    print_table(rows, {"model": "", **EVAL_COLUMNS, **COLUMNS})
+    print_table(rows, {**EVAL_COLUMNS, **COLUMNS, "nfe": "d"})
     print(f"\n{table.path} written" + plot(rows, os.path.join(cfg.out_dir, "quality_vs_nfe.png")))
     return rows
 
@@ -325,6 +341,7 @@ def plot(rows, path):
         return "; no picture: matplotlib is not installed (pip install matplotlib)"
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
     panels = {"gen_ppl": "generative perplexity", "mauve": "MAUVE",
               "agree_token": "agreement with the teacher"}
     panels = {k: v for k, v in panels.items() if any(k in r for r in rows)}
@@ -344,10 +361,14 @@ def plot(rows, path):
                 axis.axhline(row[column], color="black", linestyle=style, label=row["model"])
         axis.set(xscale="log", xlabel="function evaluations (NFE)", ylabel=title)
         axis.set_xticks(sorted({r["nfe"] for line in lines.values() for r in line}))
-        axis.set_yscale("log") if column == "gen_ppl" else axis.set_ylim(0, 1.02)
+        if column == "gen_ppl":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        else:
+            axis.set_ylim(0, 1.02)
         for ticks in (axis.xaxis, axis.yaxis):
             ticks.set_major_formatter("{x:g}")
-            ticks.set_minor_formatter("{x:g}" if ticks is axis.yaxis else "")
+            ticks.set_minor_formatter("")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
                   fontsize=8)
     figure.savefig(path, dpi=150)

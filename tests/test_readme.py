@@ -33,7 +33,8 @@ def test_everything_the_readme_names_exists():
     for name in re.findall(r"\]\((?!http)([\w./-]+)\)", README):
         assert (ROOT / name).exists(), name
     flags = {gd.flag(name) for name in gd.Config.__dataclass_fields__}
-    flags |= {"--exact", "--help", "--standalone", "--nproc_per_node"}
+    flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "sample.py").read_text()))
+    flags |= {"--help", "--standalone", "--nproc_per_node"}
     own = re.sub(r"pip install.*", "", README)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", own)) <= flags
 
