@@ -108,7 +108,7 @@ def write_tokens(file, pieces, tokenizer, limit, where):
 
 
 def read_cache(path):
-    """What a token cache says of itself, its last line; {} if it is cut off or something else."""
+    """What a token cache says of itself at its end; {} if it is cut off or something else."""
     try:
         with open(path, "rb") as f:
             f.seek(-8, os.SEEK_END)
