@@ -64,7 +64,8 @@ def test_float32_noise_has_its_far_tail_and_no_infinities():
         xi = gd.sample_gumbel((10_000_000,), g)
         assert xi.isfinite().all()
         largest, n = max(largest, xi.max().item()), n + (xi > 15).sum().item()
-    assert largest > 16.7  # -log(-log(U)) of a float32 uniform ends at 16.6
+    # -log(-log(U)) of a float32 uniform ends at 16.6, or jumps far beyond where U is 0
+    assert 16.7 < largest < 30
     assert abs(n - 8e7 * math.exp(-15)) < 4 * math.sqrt(8e7 * math.exp(-15))
 
 

@@ -177,9 +177,11 @@ def test_a_draft_is_what_the_student_would_draw_by_gumbel_max(tiny):
     """At a large scale s the draft is the embedding of argmax(logits + xi)."""
     student = gd.Student(tiny_config(noise_map="draft"), V).double()
     student.noise_embedding.scale.data.fill_(1e6)
-    h = torch.randn(5, 16, generator=gd.rng(1), dtype=torch.float64)
-    xi = gd.sample_gumbel((5, V), gd.rng(2), torch.float64)
+    student.net.head.weight.data.mul_(50.0)
+    h = torch.randn(50, 16, generator=gd.rng(1), dtype=torch.float64)
+    xi = gd.sample_gumbel((50, V), gd.rng(2), torch.float64)
     token = (student.net.head(student.net.norm(h)) + xi).argmax(-1)
+    assert (token != xi.argmax(-1)).any()
     assert torch.allclose(student.embed_noise(xi, h), student.net.embed(token))
 
 
