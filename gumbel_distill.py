@@ -138,8 +138,9 @@ class Config:
 COMMON = dict(
     noise_map="draft", dropout=0.0, grad_accum=1, warmup=100, schedule="cosine", ema=0.999)
 WEB = dict(
-    noise_map="draft",    tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, lr=3e-4,
-    grad_accum=4, warmup=2500, schedule="constant", ema=0.9999, eval_every=1000)
+    noise_map="draft", tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, lr=3e-4,
+    grad_accum=4, warmup=2500, schedule="constant", ema=0.9999, eval_every=1000,
+    max_steps=20_000, teacher_steps=20_000)
 PRESETS = {
     "maze": dict(
         COMMON, seq_len=10, n_layer=4, n_head=2, n_embd=64, batch_size=64, lr=2e-3,
@@ -151,10 +152,8 @@ PRESETS = {
         COMMON, tokenizer="char", seq_len=64, n_layer=4, n_head=4, n_embd=128,
         batch_size=32, lr=2e-3, max_steps=1500, teacher_steps=1500, eval_every=300, nfe="1,4,16,64",
         n_samples=200),
-    "lm1b": dict(WEB, seq_len=128, batch_size=256, max_steps=20_000, teacher_steps=20_000,
-                 nfe="4,16,64", n_samples=256),
-    "owt": dict(WEB, seq_len=1024, batch_size=32, max_steps=20_000, teacher_steps=20_000,
-                nfe="16,64,256", n_samples=32),
+    "lm1b": dict(WEB, seq_len=128, batch_size=256, nfe="4,16,64", n_samples=256),
+    "owt": dict(WEB, seq_len=1024, batch_size=32, nfe="16,64,256", n_samples=32),
 }
 
 
@@ -193,8 +192,8 @@ def resolve(cfg):
     if cfg.batch_size % cfg.grad_accum:
         raise UserError(f"--batch-size {cfg.batch_size} does not split into --grad-accum "
                         f"{cfg.grad_accum} equal pieces")
+    is_generated = cfg.dataset in ("maze", "cities")
     for name in ("train_files", "val_files", "tokenizer", "seq_len", "max_tokens"):
-        is_generated = cfg.dataset in ("maze", "cities")
         if is_generated and getattr(cfg, name) != preset.get(name):
             raise UserError(f"{flag(name)} goes with --dataset text, lm1b or owt; {cfg.dataset} is "
                             "generated")
@@ -218,7 +217,7 @@ def rng(*key, device="cpu"):
     """A torch.Generator seeded by `key`, e.g. (seed, "batch", step).
 
     Every draw of a run is keyed by what it is for, never by what was drawn before it: a resumed
-    run and one with another batch size see the same noise.
+    run sees the same noise, and so does a text that is sampled in another batch.
     """
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
     return torch.Generator(device).manual_seed(seed)
@@ -596,7 +595,7 @@ class Teacher(nn.Module):
 
     def logp(self, h):
         """log p(token | those before it) in nats, (..., V), of hidden states h (..., C)."""
-        return F.log_softmax(self.net.logits(h), dim=-1)
+        return F.log_softmax(at_least_float32(self.net.head(h)), dim=-1)
 
     def forward(self, x0):
         """logp for the tokens of x0 (B, T), given those before each: (B, T, V)."""
@@ -619,9 +618,6 @@ class Pretrained(nn.Module):
         if cache:
             cache.kv["pretrained"] = out.past_key_values
         return out.last_hidden_state
-
-    def logits(self, h):
-        return at_least_float32(self.head(h))
 
 
 CHUNK = {"cpu": 2**25, "cuda": 2**27}     # largest V-wide tensor of a training step, in elements
@@ -984,7 +980,7 @@ def sample_exact(student, teacher, xi, xt=None):
         draft, is_masked = x[live], x[live] == V                # (b, T)
         draft[is_masked] = (guess[live][is_masked] if student is None else
                             student(draft, xi[live][is_masked]).argmax(dim=-1))
-        answer = (teacher(draft) + xi[live]).argmax(dim=-1)           # (b, T)
+        answer = (teacher(draft) + xi[live]).argmax(dim=-1)     # (b, T)
         agree = (draft == answer) | ~is_masked
         n_agree = agree.long().cumprod(dim=1).sum(dim=1)        # (b,) length of agreeing prefix
         is_kept = torch.arange(T, device=x.device) <= n_agree[:, None]
@@ -1220,20 +1216,26 @@ def load_teacher(path, tokenizer, seq_len, device, data_id=None):
     return load_weights(teacher, saved, device)
 
 
-def load_pretrained(name, tokenizer, seq_len):
-    """A causal language model from the Hugging Face hub or a folder, as Teacher."""
+def load_transformers(name, what, cure):
+    """A causal language model of transformers and its tokenizer, by hub name or from a folder.
+
+    Raises: UserError that names the flag `what` and the `cure`
+    """
     try:
         import transformers
+        return (transformers.AutoModelForCausalLM.from_pretrained(name).eval(),
+                transformers.AutoTokenizer.from_pretrained(name))
     except ImportError as e:
-        raise UserError(f"--teacher {name} needs transformers: pip install -e \".[hf]\"") from e
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name)
-        words = transformers.AutoTokenizer.from_pretrained(name)
+        raise UserError(f"{what} {name} needs transformers: pip install -e \".[hf]\"; or give "
+                        f"{cure}") from e
     except Exception as e:  # offline, no such name, foreign folder: many types
-        raise UserError(f"--teacher {name}: cannot be loaded ({type(e).__name__}: "
-                        f"{str(e).splitlines()[0]}); give a .pt checkpoint of this program, the "
-                        "name of a model on the Hugging Face hub, or a folder with one and its "
-                        "tokenizer") from e
+        raise UserError(f"{what} {name}: cannot be loaded ({type(e).__name__}); with no network "
+                        f"give a local folder with a model and its tokenizer, or {cure}") from e
+
+
+def load_pretrained(name, tokenizer, seq_len):
+    """A causal language model of transformers as Teacher; it must have the tokenizer here."""
+    model, words = load_transformers(name, "--teacher", "a .pt checkpoint of this program")
     sizes = model.config.vocab_size, tokenizer.vocab_size
     probe = "The teacher's tokens, 12.5 of them;\n\n  naïve?"
     if sizes[0] != sizes[1] or words.encode(probe) != tokenizer.encode(probe).tolist():
@@ -1242,7 +1244,7 @@ def load_pretrained(name, tokenizer, seq_len):
     longest = getattr(model.config, "max_position_embeddings", seq_len)
     if seq_len > longest:
         raise UserError(f"--seq-len {seq_len}: --teacher {name} reads at most {longest} tokens")
-    return Teacher(None, tokenizer, Pretrained(model)).eval().requires_grad_(False)
+    return Teacher(None, tokenizer, Pretrained(model)).requires_grad_(False)
 
 
 def weights_id(model):

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from gumbel_distill import (COLUMNS, Config, Teacher, Tokenizer, UserError, add_flags,
                             compare_exact, compare_with_teacher, default_temperatures, flag,
                             generate, load_checkpoint, load_data, load_student, load_teacher,
-                            load_weights, numbers, print_table, resolve, run_cli, show,
-                            token_entropy, weights_id)
+                            load_transformers, load_weights, numbers, print_table, resolve, run_cli,
+                            sampling_batches, show, token_entropy, weights_id)
 
 FLAGS = ("teacher nfe tau temperature top_p order seed device batch_size train_files val_files "
          "out_dir").split()
@@ -117,18 +117,7 @@ def exact(student, teacher, n, seq_len, seed, known):
 # -----------------------------------------------------------------------------
 # Judges: generative perplexity, MAUVE, distinct-n
 
-def load_hf(name, what):
-    """A causal language model of transformers and its tokenizer."""
-    try:
-        import transformers
-        return (transformers.AutoModelForCausalLM.from_pretrained(name).eval(),
-                transformers.AutoTokenizer.from_pretrained(name))
-    except ImportError as e:
-        raise UserError(f"{what} {name} needs transformers: pip install -e \".[hf]\", or {what} "
-                        "teacher") from e
-    except Exception as e:  # offline, no such name, foreign folder: many types
-        raise UserError(f"{what} {name}: cannot be loaded ({type(e).__name__}); with no network "
-                        f"give a local folder, or {what} teacher: our own AR model") from e
+OWN_MODEL = "the word teacher: our own AR model"
 
 
 @torch.no_grad()
@@ -163,7 +152,8 @@ def hf_nll(texts, model, tokenizer, device="cpu"):
 def teacher_nll(x, teacher):
     """The same of token ids x (N, T) under our own AR model, without tokenising anew."""
     total, count = 0.0, 0
-    for rows in x.split(max(1, 2**26 // (x.size(1) * teacher.vocab_size))):
+    for index in sampling_batches(len(x), x.size(1), teacher.vocab_size):
+        rows = x[index]
         nll = -teacher(rows).gather(-1, rows[..., None])[:, 1:, 0]
         is_scored = rows[:, 1:] != teacher.bos_id
         total += nll[is_scored].sum().item()
@@ -183,7 +173,7 @@ def teacher_features(x, teacher):
 
 def text_features(texts, name, max_tokens):
     """The same by mauve-text's own featuriser, a model of transformers."""
-    load_hf(name, "--featurizer")
+    load_transformers(name, "--featurizer", OWN_MODEL)
     from mauve.compute_mauve import get_features_from_input
     device = 0 if torch.cuda.is_available() else -1
     return get_features_from_input(None, None, texts, name, max_tokens, device, "texts", 16)
@@ -237,7 +227,8 @@ class Evaluation:
     def __init__(self, args, cfg, tokenizer, teacher, data):
         self.args, self.cfg, self.tokenizer, self.teacher = args, cfg, tokenizer, teacher
         self.data, self.path = data, os.path.join(cfg.out_dir, "results.json")
-        self.judge = None if args.judge == "teacher" else load_hf(args.judge, "--judge")
+        self.judge = None if args.judge == "teacher" else load_transformers(
+            args.judge, "--judge", OWN_MODEL)
         rows = data.val_rows(2 * args.n_samples).to(cfg.device)
         self.n = min(args.n_samples, len(rows) // 2)
         if self.n < args.n_samples:
@@ -396,18 +387,16 @@ def main():
     parser.add_argument("--featurizer", default="gpt2-large", help="with --eval: whose features "
                         "MAUVE compares, likewise (gpt2-large)")
     add_flags(parser, *FLAGS)
-    parser.set_defaults(nfe="8")
+    parser.set_defaults(nfe="8", batch_size=1000)
     args = parser.parse_args()
     paths = args.ckpt or [newest_student()]
     model, tokenizer, saved = load_model(paths[0], "cpu")
     n = args.n_samples = (1000 if args.eval else 4) if args.n_samples is None else args.n_samples
     given = {name: getattr(args, name) for name in FLAGS}
     given["out_dir"] = args.out_dir or "out/eval"
-    for name in ("batch_size", "train_files", "val_files"):
+    for name in ("train_files", "val_files"):
         given[name] = given[name] or saved["config"][name]
     cfg = resolve(replace(Config(**saved["config"]), grad_accum=1, n_samples=n, **given))
-    if args.batch_size is None:
-        cfg.batch_size = 1000
     if args.eval:
         evaluate(paths, args, cfg)
         return

@@ -279,6 +279,15 @@ def test_a_student_learns_from_a_gpt2_teacher(gpt2_folder, cli, tmp_path, cache)
         assert err.splitlines()[-1].startswith("error: ")
 
 
+def test_a_teacher_of_the_same_size_with_other_tokens_is_refused(gpt2_folder):
+    merges = (gpt2_folder / "merges.txt").read_text().splitlines()
+    (gpt2_folder / "merges.txt").write_text("\n".join(merges[:1000]))
+    for leftover in gpt2_folder.glob("tokenizer*.json"):
+        leftover.unlink()
+    with pytest.raises(gd.UserError, match="is not the one here"):
+        gd.load_teacher(str(gpt2_folder), gd.Tokenizer(), 8, "cpu")
+
+
 def test_a_teacher_of_transformers_without_it_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(gd.UserError, match=r'pip install -e "\.\[hf\]"'):
