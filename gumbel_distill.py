@@ -1333,6 +1333,18 @@ class Objective(nn.Module):
         return self.loss_fn(self.model, *args)
 
 
+def log_step(row, cfg, n_done, n_tokens):
+    """Print a validation and append it to log.jsonl; n_done: steps since the start of this call."""
+    row["tok_s"] = n_done * n_tokens / row["seconds"]
+    left = round((cfg.max_steps - row["step"]) * n_tokens / row["tok_s"])
+    print(f"step {row['step']:6d}/{cfg.max_steps} {row['step'] / cfg.max_steps:6.1%} | "
+          f"loss {row['loss']:.4f} | val {row['val']:.4f} nats/token | lr {row['lr']:.1e} | "
+          f"grad {row['grad']:.2f} | {row['tok_s'] / 1e3:.1f}k tok/s | "
+          f"eta {left // 60}:{left % 60:02d}", flush=True)
+    with open(os.path.join(cfg.out_dir, "log.jsonl"), "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
 def train(model, loss_fn, teacher, data, cfg, setting_names, sources=None):
     """Train a Teacher or Student, or reuse a finished one, or with --resume go on.
 
@@ -1344,7 +1356,7 @@ def train(model, loss_fn, teacher, data, cfg, setting_names, sources=None):
     texts, in turn (default: data)
     Returns: the model with averaged weights, in eval mode
     """
-    path, log_path = (os.path.join(cfg.out_dir, name) for name in (model.file, "log.jsonl"))
+    path = os.path.join(cfg.out_dir, model.file)
     kind = "teacher" if isinstance(model, Teacher) else "student"
     settings = {**{k: getattr(cfg, k) for k in setting_names}, "data": data.fingerprint,
                 "teacher": weights_id(teacher) if teacher else None}
@@ -1419,17 +1431,9 @@ def train(model, loss_fn, teacher, data, cfg, setting_names, sources=None):
             if RANK == 0 and (step % cfg.eval_every == 0 or step == cfg.max_steps):
                 save()
                 val = validation_loss(ema.module.eval(), teacher, data, cfg)
-                seconds = time.time() - start
-                speed = (step - first) * n_tokens / seconds
-                left = round((cfg.max_steps - step) * n_tokens / speed)
-                row = dict(model=model.name, step=step, loss=sum(losses) / len(losses), val=val,
-                           lr=lr, grad=grad, tok_s=speed, seconds=seconds)
-                print(f"step {step:6d}/{cfg.max_steps} {step / cfg.max_steps:6.1%} | "
-                      f"loss {row['loss']:.4f} | val {val:.4f} nats/token | lr {lr:.1e} | "
-                      f"grad {grad:.2f} | {speed / 1e3:.1f}k tok/s | "
-                      f"eta {left // 60}:{left % 60:02d}", flush=True)
-                with open(log_path, "a") as f:
-                    f.write(json.dumps(row) + "\n")
+                log_step(dict(model=model.name, step=step, loss=sum(losses) / len(losses), val=val,
+                              lr=lr, grad=grad, seconds=time.time() - start),
+                         cfg, step - first, n_tokens)
                 losses = []
     batches.close()
     if step < cfg.max_steps:

@@ -11,9 +11,9 @@ Same Transformer, teacher, dtype, compilation, optimiser, texts, times and masks
 first step also the same noise, and the losses must be equal to 1e-4. Time and memory are measured
 in processes of their own. Memory is the peak of the process less what was held after the imports,
 less 16 bytes for each parameter of the student (weight, gradient, two moments) and 4 for each of
-the teacher; on a CPU the C library is told to hand freed memory back at once, or the peak would be that
-of its cache. As in training, gradients are dropped after each step. Utilisation (on a GPU) is 6 N
-FLOPs a token for the student and 2 N for the teacher, N without the input embeddings, over the
+the teacher; on a CPU the C library is told to hand freed memory back at once, or the peak would be
+that of its cache. As in training, gradients are dropped after each step. Utilisation (on a GPU) is
+6 N FLOPs a token for the student and 2 N for the teacher, N without the input embeddings, over the
 vendor's dense bfloat16 peak; what is computed again for the backward pass does not count.
 """
 
