@@ -29,13 +29,13 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
 import platform
-import random
 import re
 import signal
 import sys
@@ -48,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -90,6 +91,9 @@ class Config:
     n_head: int = option(None, "attention heads", low=1)
     n_embd: int = option(None, "width", low=2)
     dropout: float = option(None, "dropout probability", low=0, high=0.9)
+    block_size: int = option(None, "BD3-LM's block length, a divisor of seq_len; seq_len is MDLM"
+                             " (default)", low=1)
+    init_from: str = option(None, "checkpoint of a student whose weights to start from")
     # noise
     noise: str = option("none,gumbel", "one student for each of this list; none is MDLM,"
                         " independent a control: noise that knows nothing of the text",
@@ -101,6 +105,10 @@ class Config:
     labels: str = option("data", "learn real text with posterior noise (Theorem 4.1), the teacher's"
                          " own samples with theirs, or both in turn",
                          ["data", "teacher", "mixture"])
+    loss: str = option("ce", "of students: cross-entropy of the text, or token-level KD, that is of"
+                       " the teacher's distributions", ["ce", "kd"])
+    clip: bool = option(False, "BD3-LM's clipped schedule: train with times from the interval where"
+                        " the loss varies least")
     teacher: str = option(None, "teacher checkpoint, or gpt2, gpt2-large, a folder of transformers;"
                           " default: teacher.pt in --out-dir")
     # training
@@ -115,13 +123,17 @@ class Config:
     ema: float = option(None, "decay per step of the averaged weights; 0: none", low=0, high=1)
     eval_every: int = option(None, "steps between validations; each writes the checkpoint", low=1)
     # sampling
-    nfe: str = option(None, "function evaluations per sample, like 1,2,4")
+    nfe: str = option(None, "function evaluations per sample, like 1,2,4; with --block-size per"
+                      " block")
     tau: str = option("1", "scale of the noise, or several, like 0.8,1")
     temperature: str = option(None, "0: argmax (default with noise); 1: the student's own"
                               " probabilities (default without); or several, like 0,0.5,1")
     top_p: float = option(1.0, "nucleus: the likeliest tokens of this total", low=0, high=1)
     order: str = option("random", "which masked tokens to fill first",
                         ["random", "first-hitting", "confidence", "left"])
+    apd: float = option(0.5, "R of adaptive parallel decoding: the student's share in the target;"
+                        " 0 is exact mode", low=0, high=1)
+    lookahead: int = option(10, "tokens that one round of it may fill", low=1)
     n_samples: int = option(None, "samples per row of the table", low=1)
     # machine
     seed: int = option(0, "seed of every random draw")
@@ -131,6 +143,7 @@ class Config:
     compile: str = option("auto", "torch.compile the Transformer blocks; auto: on a GPU",
                           ["auto", "on", "off"])
     resume: bool = option(False, "go on with an interrupted run")
+    ablate: bool = option(False, "train and print the ablation table, see ABLATION")
     out_dir: str = option(None, "folder of this run; default: out/<dataset>, for sample.py"
                           " out/eval")
 
@@ -184,6 +197,9 @@ def resolve(cfg):
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in ("nfe", "tau", "temperature"):
         numbers(cfg, name)
+    cfg.block_size = cfg.block_size or cfg.seq_len
+    if cfg.seq_len % cfg.block_size:
+        raise UserError(f"--block-size {cfg.block_size}: must divide --seq-len {cfg.seq_len}")
     if cfg.n_embd % (2 * cfg.n_head):
         raise UserError(f"--n-embd {cfg.n_embd}: must be a multiple of {2 * cfg.n_head}, twice "
                         "--n-head")
@@ -224,7 +240,7 @@ def rng(*key, device="cpu"):
 
 
 # -----------------------------------------------------------------------------
-# 2. Data: maze and toy sentences -> batches of token ids; running text: text.py
+# 2. Data: the maze -> batches of token ids; toy sentences and running text: text.py
 
 class Tokenizer:
     """A list of words joined by `sep` or, with words None, the first `size` tokens of GPT-2's BPE.
@@ -236,6 +252,7 @@ class Tokenizer:
     def __init__(self, words=None, sep="", size=50257):
         self.words, self.sep = words, sep
         if words is None:
+            from text import load_gpt2_bpe
             self.bpe = load_gpt2_bpe(size)
             self.vocab_size, self.bos_id = size, self.bpe.eot_token
             self.eos_ids = [self.bos_id]
@@ -264,21 +281,6 @@ class Tokenizer:
         if self.words is None:
             return self.bpe.decode([int(i) for i in ids])
         return self.sep.join(self.words[int(i)] for i in ids)
-
-
-def load_gpt2_bpe(size):
-    import tiktoken
-    try:
-        bpe = tiktoken.get_encoding("gpt2")
-    except Exception as e:  # whatever the download layer raises
-        raise UserError(f"GPT-2's tokenizer files cannot be fetched ({type(e).__name__}); without "
-                        "a network set TIKTOKEN_CACHE_DIR to a folder that holds them, or use "
-                        "--tokenizer char") from e
-    if size == bpe.n_vocab:
-        return bpe
-    ranks = {token: rank for token, rank in bpe._mergeable_ranks.items() if rank < size - 1}
-    return tiktoken.Encoding(f"gpt2-{size}", pat_str=bpe._pat_str, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": size - 1})
 
 
 class Data:
@@ -324,6 +326,7 @@ def tv_exact_sampler(n_outcomes, n):
     return float(np.mean([total_variation(d) for d in draws]))
 
 
+END = "<end>"                  # fills a short sentence up
 MAZE_SIZE = 6
 MAZE = """
 +---+---+---+---+---+---+
@@ -381,78 +384,11 @@ def load_maze(cfg):
                 stride=cfg.seq_len, judge=judge)
 
 
-# The grammar of `cities`. A slot is one phrase of its list; a slot that returns is the same phrase.
-SENTENCES = [
-    "{name} flies from {city} to {town} on {date} and {friend} follows {name}",
-    "the {person} flies from {city} to {town} on {date} with {name} and {things}",
-    "the {person}s fly from {city} to {town} on {date} with {name} and {things}",
-]
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-THINGS = "ticket suitcase camera guitar umbrella book lamp carpet".split()
-SLOTS = {
-    "name": "Anna Ben Carla David Emma Felix Grace Henry".split(),
-    "friend": "Ida Jack Karen Leo Mary Noah Olga Paul".split(),
-    "city": ("San Francisco,San Diego,San Jose,Los Angeles,Los Gatos,Las Vegas,Las Cruces,Santa Fe,"
-             "Santa Cruz,El Paso").split(","),
-    "town": ("New York,New Orleans,New Haven,Fort Worth,Fort Wayne,Long Beach,Long Branch,"
-             "Grand Rapids,Cedar Rapids,Saint Paul").split(","),
-    "date": [f"{WEEKDAYS[day % 7]} the {day}th" for day in range(7, 21)],
-    "person": "doctor teacher lawyer farmer pilot singer baker painter".split(),
-    "things": [f"one {t}" for t in THINGS] + [f"{n} {t}s" for t in THINGS
-                                              for n in ("two", "three")],
-}
-END = "<end>"
-
-
-def sentence_pattern(template):
-    """The regular expression that parses the sentences of one template, and nothing else."""
-    seen = set()
-
-    def slot_pattern(match):
-        slot = match[1]
-        if slot in seen:
-            return f"(?P={slot})"
-        seen.add(slot)
-        return f"(?P<{slot}>{'|'.join(SLOTS[slot])})"
-    return re.compile(re.sub(r"{(\w+)}", slot_pattern, template) + f"( {END})+")
-
-
-def load_cities(cfg):
-    """Sentences of the grammar above, every choice uniform, filled up with END to seq_len."""
-    text = [s.replace("{person}", person) for s in SENTENCES for person in SLOTS["person"]]
-    text = " ".join(text + [phrase for phrases in SLOTS.values() for phrase in phrases])
-    tokenizer = Tokenizer(sorted(w for w in set(text.split()) if "{" not in w) + [END], " ")
-    patterns = [sentence_pattern(s) for s in SENTENCES]
-    names = {phrase: i for i, phrase in enumerate(SLOTS["city"] + SLOTS["town"])}
-    first_words = {phrase.split()[0] for phrase in names}
-
-    def judge(x):
-        sentences = [tokenizer.decode(row) for row in x]
-        valid = sum(any(p.fullmatch(s) for p in patterns) for s in sentences)
-        words = [s.split() for s in sentences]
-        pairs = [f"{a} {b}" for w in words for a, b in zip(w, w[1:]) if a in first_words]
-        counts = np.bincount([names[p] for p in pairs if p in names], minlength=len(names))
-        n_wrong = len(pairs) - int(counts.sum())
-        return {"valid": valid / len(x), "distinct": len(set(sentences)), "distinct_of": len(x),
-                "wrong_names": n_wrong / max(1, len(pairs)), "tv": total_variation(counts, n_wrong),
-                "tv_exact_sampler": tv_exact_sampler(len(names), 2 * len(x))}
-
-    choose, rows = random.Random(0).choice, []
-    for _ in range(52_000):
-        words = choose(SENTENCES).format(**{k: choose(v) for k, v in SLOTS.items()}).split()
-        rows.append(tokenizer.encode(" ".join(words + [END] * (cfg.seq_len - len(words)))))
-    tokens = np.concatenate(rows)
-    return Data(tokens[:-2000 * cfg.seq_len], tokens[-2000 * cfg.seq_len:], cfg.seq_len, tokenizer,
-                stride=cfg.seq_len, judge=judge)
-
-
 def load_data(cfg):
     if cfg.dataset == "maze":
         return load_maze(cfg)
-    if cfg.dataset == "cities":
-        return load_cities(cfg)
-    from text import load_text  # files, the Hugging Face hub, the token cache
-    return load_text(cfg)
+    import text  # toy sentences, files, the Hugging Face hub
+    return text.load_cities(cfg) if cfg.dataset == "cities" else text.load_text(cfg)
 
 
 def show(ids, dataset, tokenizer):
@@ -461,7 +397,7 @@ def show(ids, dataset, tokenizer):
 
 
 # -----------------------------------------------------------------------------
-# 3. Transformer: one for teacher (causal) and students (full attention)
+# 3. Transformer: one for teacher (causal) and students (full or block-wise attention)
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, without biases.
@@ -487,8 +423,11 @@ class Block(nn.Module):
         (q, k), v = rotate(qkv[:2], *rope), qkv[2]
         if cache is not None:
             k, v = cache.extend(self, k, v)                     # (B, nh, start + T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask)        # knows no dropout
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
+                                               dropout_p=self.dropout if self.training else 0.0)
         y = self.attn_out(y.transpose(1, 2).reshape(B, T, C))
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.mlp_out(F.relu(self.mlp_in(self.norm2(x))).square())
@@ -527,6 +466,24 @@ class KVCache:
         return kv[:, :, :, :self.start + T]
 
 
+@functools.lru_cache
+def block_mask(seq_len, block_size, device):
+    """Which of 2T positions, T of xt and then T of x0, may look at which: (2T, 2T) bool.
+
+    A noisy block (xt) sees itself and the clean blocks (x0) before it, a clean block the clean ones
+    up to itself. On a GPU as FlexAttention's BlockMask, which skips what is all False.
+    """
+    def may_look(batch, head, q, k):
+        q_block, k_block = q % seq_len // block_size, k % seq_len // block_size
+        q_noisy, k_noisy = q < seq_len, k < seq_len
+        return ((q_block == k_block) & (q_noisy == k_noisy)) | ((q_block > k_block) & ~k_noisy)
+
+    if device.type == "cuda":
+        return create_block_mask(may_look, None, None, 2 * seq_len, 2 * seq_len, device)
+    i = torch.arange(2 * seq_len, device=device)
+    return may_look(None, None, i[:, None], i)
+
+
 class Transformer(nn.Module):
     """Token embedding, blocks, final norm, output head.
 
@@ -551,7 +508,8 @@ class Transformer(nn.Module):
     def forward(self, x, mask=None, pos=None, cache=None, change=None):
         """Embeddings x (B, T, C) -> hidden states (B, T, C), ready for `head`.
 
-        mask:  (T, S) bool, True where a position may look; None is causal or full attention
+        mask:  (T, S) bool, True where a position may look, or block_mask(); None is causal or full
+               attention
         pos:   (T,) long, positions; by default they go on from where the cache ends
         cache: KVCache of the positions before x
         change: function of the hidden states that changes them, at each quarter of the blocks
@@ -602,24 +560,7 @@ class Teacher(nn.Module):
         return self.logp(self.hidden(x0))
 
 
-class Pretrained(nn.Module):
-    """A causal language model of Hugging Face's transformers with the face of Transformer."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.body, self.head = model.base_model, model.get_output_embeddings()
-
-    def embed(self, ids):
-        return ids
-
-    def forward(self, ids, cache=None):
-        past = cache.kv.get("pretrained") if cache else None
-        out = self.body(ids, past_key_values=past, use_cache=cache is not None)
-        if cache:
-            cache.kv["pretrained"] = out.past_key_values
-        return out.last_hidden_state
-
-
+T_MIN = 1e-3                              # smallest time: the weight 1/t stays bounded
 CHUNK = {"cpu": 2**25, "cuda": 2**27}     # largest V-wide tensor of a training step, in elements
 
 
@@ -768,18 +709,25 @@ class NoiseEmbedding(nn.Module):
 
 
 class Student(nn.Module):
-    """Masked diffusion model (MDLM, Sahoo et al. 2024), with noise injection unless noise is none.
+    """Masked diffusion model, with noise injection unless noise is none.
 
-    SUBS holds by construction: there is no output for [MASK], and only masked positions get logits.
+    With block_size = seq_len it is MDLM (Sahoo et al. 2024). With shorter blocks it is BD3-LM
+    (Arriola et al. 2025): autoregressive over blocks, masked diffusion within each. SUBS holds by
+    construction: there is no output for [MASK], and only masked positions get logits.
     """
 
     def __init__(self, cfg, vocab_size, log_freq=None):
         super().__init__()
-        self.name = "mdlm" if cfg.noise == "none" else cfg.noise
+        self.seq_len, self.block_size = cfg.seq_len, cfg.block_size or cfg.seq_len
+        self.is_block = self.block_size < cfg.seq_len
+        self.name = cfg.noise
+        if cfg.noise == "none":
+            self.name = "bd3lm" if self.is_block else "mdlm"
         self.file = f"student-{cfg.noise}.pt"
         self.noise, self.inject = cfg.noise, cfg.inject
         self.is_draft = cfg.noise != "none" and cfg.noise_map == "draft"
         self.vocab_size = self.mask_id = vocab_size
+        self.register_buffer("t_range", torch.tensor([T_MIN, 1.0]))        # of the training times
         self.net = Transformer(cfg, vocab_size, causal=False)
         # Rotary positions are relative: with all tokens masked every position would look alike. The
         # official code has the unmasked BOS as an anchor, we have an embedding per position.
@@ -792,7 +740,7 @@ class Student(nn.Module):
         """Noise xi (M, V) of masked tokens, whose hidden states are h (M, C), as (M, C)."""
         return self.noise_embedding(xi, h, self.net).to(h.dtype)
 
-    def hidden(self, xt, embed_noise):
+    def hidden(self, xt, embed_noise=None, x0=None, cache=None):
         """Hidden states (B, T, C) of xt (B, T), ready for net.logits.
 
         The paper injects the noise once, below the first block. The map "draft" does so at each
@@ -801,60 +749,78 @@ class Student(nn.Module):
         these drafts and make them agree.
 
         embed_noise: function of hidden states (B, T, C), the noise embeddings (M, C) of the masked
-                     tokens, row by row
+                     tokens, row by row; None: nothing is masked
+        x0:    (B, T) long: every block of xt is noisy and sees the blocks of x0 before it (BD3-LM's
+               training). Without x0 only the last block may be masked: it sees those before it
+        cache: KVCache of the finished blocks before xt; takes up xt if nothing in it is masked
         """
-        is_masked = (xt == self.mask_id)[..., None]             # (B, T, 1)
-        x = self.net.embed(xt)                                  # (B, T, C)
+        T, start = xt.size(1), cache.start if cache else 0
+        pos = torch.arange(start, start + T, device=xt.device)
+        mask = None
+        if x0 is not None:
+            xt, pos = torch.cat([xt, x0], dim=1), pos.repeat(2)            # x0 has nothing masked
+            mask = block_mask(T, self.block_size, xt.device)
+        elif T > self.block_size:
+            seen = torch.arange(start + T, device=xt.device)
+            mask = pos[:, None] // self.block_size >= seen // self.block_size
+        is_masked = (xt == self.mask_id)[..., None]             # (B, T or 2T, 1)
+        x = self.net.embed(xt)                                  # (B, T or 2T, C)
 
         def add_noise(x):
-            return x + torch.zeros_like(x).masked_scatter(is_masked, embed_noise(x))
+            return x + torch.zeros_like(x).masked_scatter(is_masked, embed_noise(x[:, :T]))
 
-        if self.noise != "none" and not self.is_draft:
+        has_noise = self.noise != "none" and embed_noise is not None
+        if has_noise and not self.is_draft:
             x = add_noise(x if self.inject == "add" else x.masked_fill(is_masked, 0.0))
-        return self.net(x + self.embed_pos.weight[:xt.size(1)],
-                        change=add_noise if self.is_draft else None)
+        h = self.net(x + self.embed_pos(pos), mask, pos, cache,
+                     add_noise if has_noise and self.is_draft else None)
+        if cache and embed_noise is not None:
+            cache.start = start
+        return h[:, :T]
 
-    def forward(self, xt, xi=None):
+    def forward(self, xt, xi=None, cache=None):
         """Logits at the masked positions of xt (B, T), row by row: (M, V).
 
         xi: (M, V) Gumbel noise of those positions (ignored without noise).
         """
         is_masked = xt == self.mask_id
-        h = self.hidden(xt, lambda x: self.embed_noise(xi, x[is_masked]))
+        h = self.hidden(xt, lambda x: self.embed_noise(xi, x[is_masked]), cache=cache)
         return self.net.logits(h[is_masked])
 
 
 # -----------------------------------------------------------------------------
 # 7. Diffusion: masked diffusion with alpha_t = 1 - t, weight 1/t
 
-T_MIN = 1e-3
-
-
-def stratified_time(index, batch_size, u):
-    """t = T_MIN + (1 - T_MIN) (i + u) / B: one time per stratum of [T_MIN, 1]; index, u (n,)."""
-    return T_MIN + (1 - T_MIN) * (index + u) / batch_size
+def stratified_time(index, n, u, low=T_MIN, high=1.0):
+    """t = low + (high - low) (i + u) / n: one time in each of n strata; index, u of one shape."""
+    return low + (high - low) * (index + u) / n
 
 
 def q_sample(x0, t, mask_id, generator):
-    """Forward process: each token of x0 (B, T) becomes mask_id with probability t (B,)."""
+    """Forward process: each token of x0 (B, T) becomes mask_id with probability t (B, T)."""
     u = torch.rand(x0.shape, generator=generator, device=x0.device)
-    return torch.where(u < t[:, None], mask_id, x0)
+    return torch.where(u < t, mask_id, x0)
 
 
-def student_loss(student, teacher, x0, t, key, recorded=None):
-    """- E [ 1/t sum over masked i of log p_theta(x0_i | xt, xi) ] / T, in nats per token.
+def block_losses(student, teacher, x0, t, key, recorded=None, loss="ce"):
+    """- E [ 1/t sum over masked i of log p_theta(x0_i | xt, xi) ] / L' of each block of L' tokens.
 
-    Without noise this is MDLM's bound on the negative log-likelihood (NELBO). With posterior noise
-    it is a conditional loss, no likelihood: that noise knows x0. Everything V-wide (teacher, noise,
-    output head, cross-entropy) is computed at masked positions only, and in chunks.
+    In nats per token. Without noise its mean is MDLM's or, in blocks, BD3-LM's bound on the
+    negative log-likelihood (NELBO). With posterior noise it is a conditional loss, no likelihood:
+    that noise knows x0. Everything V-wide (teacher, noise, output head, cross-entropy) is computed
+    at masked positions only, and in chunks.
 
-    Args: x0 (B, T) long;  t (B,) in (0, 1];  key: a tuple that names the draws, as in rng(*key)
+    Args: x0 (B, T) long;  t (B, T/L') in (0, 1];  key: a tuple that names the draws, see rng
           recorded: function of a slice of the batch, its recorded noise (b, T, V); None: posterior
+          loss: "kd": with the teacher's p(. | x0[:i]) in place of x0_i (token-level distillation)
+    Returns: (B, T/L')
     """
     V, device = student.vocab_size, x0.device
-    xt = q_sample(x0, t, student.mask_id, rng(*key, "mask", device=device))
+    times = t.repeat_interleave(student.block_size, dim=1)      # (B, T)
+    xt = q_sample(x0, times, student.mask_id, rng(*key, "mask", device=device))
     is_masked = xt == student.mask_id                           # (B, T)
-    if student.noise not in ("none", "independent") and recorded is None:
+    is_posterior = student.noise not in ("none", "independent") and recorded is None
+    if is_posterior or loss == "kd":
         with torch.inference_mode():
             h_teacher = teacher.hidden(x0)                      # (B, T, C)
 
@@ -870,16 +836,45 @@ def student_loss(student, teacher, x0, t, key, recorded=None):
 
     def nll(rows):
         where = is_masked[rows]
-        logits = student.net.logits(h[rows][where])             # (m, V)
-        return F.cross_entropy(logits, x0[rows][where], reduction="none")
+        target = x0[rows][where]                                # (m,)
+        if loss == "kd":
+            target = teacher.logp(h_teacher[rows][where]).detach().exp()   # (m, V)
+        return F.cross_entropy(student.net.logits(h[rows][where]), target, reduction="none")
 
     def embed_noise(x):
         return in_chunks(lambda rows: student.embed_noise(noise(rows), x[rows][is_masked[rows]]),
                          x0, V)                                 # (M, C)
 
-    h = student.hidden(xt, embed_noise)                         # (B, T, C)
-    weight = (1 / t)[:, None].expand_as(x0)[is_masked]
-    return (weight * in_chunks(nll, x0, V)).sum() / x0.numel()
+    h = student.hidden(xt, embed_noise, x0 if student.is_block else None)  # (B, T, C)
+    weighted = in_chunks(nll, x0, V) / times[is_masked]         # (M,)
+    losses = torch.zeros_like(times, dtype=weighted.dtype).masked_scatter(is_masked, weighted)
+    return losses.view(*t.shape, -1).mean(dim=-1)
+
+
+def student_loss(*args, **settings):
+    """The mean of block_losses: what a student minimises, in nats per token."""
+    return block_losses(*args, **settings).mean()
+
+
+@torch.no_grad()
+def clipped_schedule(student, teacher, x0):
+    """BD3-LM's clipped schedule: the interval of t, 0.5 to 0.9 wide, in which losses vary least.
+
+    A uniform t falls uniformly into any interval, so one pass over x0 (B, T) judges them all.
+
+    Returns: low, high, the variance of block_losses there, and the variance over [T_MIN, 1]
+    """
+    B, n = len(x0), x0.size(1) // student.block_size
+    u = torch.rand(B, n, generator=rng("clip")).to(x0.device)
+    t = stratified_time(torch.arange(B * n, device=x0.device).view(B, n), B * n, u)
+    losses = block_losses(student, teacher, x0, t, ("clip",))
+    found = []
+    for width in (0.5, 0.6, 0.7, 0.8, 0.9):
+        for low in np.arange(T_MIN, 1 - width + 1e-9, 0.05):
+            inside = losses[(t >= low) & (t <= low + width)]
+            found.append((inside.var().item(), float(low), float(low + width)))
+    variance, low, high = min(found)
+    return low, high, variance, losses.var().item()
 
 
 # -----------------------------------------------------------------------------
@@ -914,8 +909,11 @@ def draw_tokens(logits, u, temperature, top_p):
 
 @torch.no_grad()
 def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="random", xt=None,
-           on_step=None):
-    """Fill all masked tokens in nfe steps, from t = 1 to t = 0.
+           on_step=None, use_cache=True):
+    """Fill all masked tokens, from t = 1 to t = 0: at once or, with blocks, one after the other.
+
+    Each block takes nfe steps; the keys and values of finished blocks are cached. A text longer
+    than the student's seq_len is written in a window that moves on by half when it is full.
 
     order: random         ancestral, as MDLM: a token is filled when time falls below u[:, 0], which
                           in a step from t to s is so with probability (t - s) / t
@@ -928,44 +926,73 @@ def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="rand
     Args:    xi (B, T, V), u (B, 2, T) from sequence_noise; xt (B, T) long, known tokens kept,
              mask_id elsewhere (default: all masked); on_step: called with xt after each step
     Returns: (B, T) long. Nothing is masked, also when nfe > T
+    Raises:  ValueError if T is no multiple of the block size, or too long for a student without
+             blocks
     """
     B, _, T = u.shape
-    if xt is None:
-        xt = torch.full((B, T), student.mask_id, device=u.device)
-    n_start = (xt == student.mask_id).sum(dim=1)                # (B,)
+    L, longest = student.block_size, student.seq_len
+    if T % L and T > L or T > longest and 2 * L > longest:
+        raise ValueError(f"a text of {T} tokens cannot be written in blocks of {L} with at most "
+                         f"{longest} tokens in view")
+    xt = torch.full((B, T), student.mask_id, device=u.device) if xt is None else xt.clone()
+    first, cache = 0, None                                      # where the window starts
+    for start in range(0, T, L):
+        block = slice(start, start + L)
+        if start + L - first > longest:
+            first, cache = start - longest // 2 // L * L, None
+        if use_cache and start > first:
+            cache = cache or KVCache(longest)
+            student.hidden(xt[:, first + cache.start:start], cache=cache)
+        seen = slice(first, start + L) if cache is None else block
+        fill_block(student, xt, xi[:, block], u[:, :, block], block, seen, cache, nfe, tau,
+                   temperature, top_p, order, on_step)
+    return xt
+
+
+def fill_block(student, xt, xi, u, block, seen, cache, nfe, tau, temperature, top_p, order,
+               on_step):
+    """The denoising steps of `sample` for one block of xt (B, T), in place.
+
+    xi, u: those of the block;  seen: the slice of xt that the student reads
+    """
+    n_start = (xt[:, block] == student.mask_id).sum(dim=1)      # (B,)
     score = u[:, 0]
     if order in ("confidence", "left"):
-        score = -torch.arange(T, device=u.device).expand(B, T).double()
+        score = -torch.arange(u.size(2), device=u.device).expand_as(score).double()
     for k in range(1, nfe + 1):
-        is_masked = xt == student.mask_id
+        is_masked = xt[:, block] == student.mask_id
         n_fill = is_masked.sum(dim=1) - n_start * (nfe - k) // nfe         # (B,)
         if order == "random":
             n_fill = (is_masked & (u[:, 0] >= 1 - k / nfe)).sum(dim=1)
         if not n_fill.any():
             continue
-        logits = student(xt, tau * xi[is_masked])               # (M, V)
+        logits = student(xt[:, seen], tau * xi[is_masked], cache)          # (M, V)
         tokens = draw_tokens(logits, u[:, 1][is_masked], temperature, top_p)
         if order == "confidence":
             top = logits.softmax(dim=-1).amax(dim=-1).to(score.dtype)
             score = score.masked_scatter(is_masked, top)
         rank = score.masked_fill(~is_masked, -math.inf).argsort(dim=1, descending=True, stable=True)
         is_filled = is_masked & (rank.argsort(dim=1) < n_fill[:, None])
-        xt = torch.where(is_filled, xt.masked_scatter(is_masked, tokens), xt)
+        filled = xt[:, block].masked_scatter(is_masked, tokens)
+        xt[:, block] = torch.where(is_filled, filled, xt[:, block])
         if on_step:
             on_step(xt)
-    return xt
 
 
 @torch.no_grad()
-def sample_exact(student, teacher, xi, xt=None):
-    """The teacher's own text for noise xi, in few rounds: the student drafts, the teacher verifies.
+def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, lookahead=None):
+    """The student drafts, the teacher verifies: exact mode, or adaptive parallel decoding (APD).
 
-    Each round drafts all masked tokens in one student pass, takes argmax(logp + xi) at every
-    position in one teacher pass, keeps the agreeing prefix plus the teacher's next token (right, as
-    all before it is), and masks the rest. Equals serial_extraction(teacher, xi) token for token, up
-    to rounding. After predictive sampling (Wiggers & Hoogeboom 2020); student None is the same
-    iteration without a forecaster: the teacher's last answer is the next draft (at first its argmax
-    text).
+    Each round drafts all masked tokens in one student pass: argmax(logp_student + xi), where a
+    student with noise has added xi already. One teacher pass gives the target
+        argmax(ratio logp_student + (1 - ratio) logp_teacher + xi)
+    at all positions, right as far as all before is. The agreeing prefix is kept and the target's
+    next token, `lookahead` tokens at most; the rest is masked again.
+
+    ratio 0: exact mode. The text equals serial_extraction(teacher, xi), up to rounding, in fewer
+    rounds; after predictive sampling (Wiggers & Hoogeboom 2020). student None: the same without a
+    forecaster, the teacher's last answer being the next draft (at first its argmax text).
+    ratio above 0: APD (Israel et al. 2025), whose text is in between student's and teacher's.
 
     Args:    xi (B, T, V) Gumbel noise;  xt (B, T) known tokens, at the left only, mask_id = V after
     Returns: x0 (B, T) long;  rounds (B,) long, each one student and one teacher call
@@ -978,17 +1005,26 @@ def sample_exact(student, teacher, xi, xt=None):
     live = (x == V).any(dim=1).nonzero()[:, 0]                  # numbers of the unfinished samples
     while len(live):
         draft, is_masked = x[live], x[live] == V                # (b, T)
-        draft[is_masked] = (guess[live][is_masked] if student is None else
-                            student(draft, xi[live][is_masked]).argmax(dim=-1))
-        answer = (teacher(draft) + xi[live]).argmax(dim=-1)     # (b, T)
+        n_known = T - is_masked.sum(dim=1)                      # (b,)
+        if student is None:
+            draft[is_masked] = guess[live][is_masked]
+        else:
+            noise = xi[live][is_masked]                         # (M, V)
+            score = student(draft, noise) + (noise if student.noise == "none" else 0)
+            draft[is_masked] = score.argmax(dim=-1)
+        target = teacher(draft) + xi[live]                      # (b, T, V)
+        if ratio > 0:
+            target[is_masked] = ratio * score + (1 - ratio) * target[is_masked]
+        answer = target.argmax(dim=-1)                          # (b, T)
         agree = (draft == answer) | ~is_masked
-        n_agree = agree.long().cumprod(dim=1).sum(dim=1)        # (b,) length of agreeing prefix
-        is_kept = torch.arange(T, device=x.device) <= n_agree[:, None]
+        n_keep = agree.long().cumprod(dim=1).sum(dim=1) + 1     # (b,) agreeing prefix, next token
+        n_keep = torch.minimum(n_keep, n_known + (lookahead or T))
+        is_kept = torch.arange(T, device=x.device) < n_keep[:, None]
         x[live] = torch.where(is_kept, torch.where(is_masked, answer, draft), V)
         if student is None:
             guess[live] = answer
         rounds[live] += 1
-        live = live[n_agree < T - 1]
+        live = live[n_keep < T]
     return x, rounds
 
 
@@ -1033,7 +1069,8 @@ def validation_loss(model, teacher, data, cfg):
         if isinstance(model, Teacher):
             loss = teacher_loss(model, rows)
         else:
-            t = stratified_time(torch.arange(len(rows), device=device), len(rows), 0.5)
+            strata = torch.arange(len(rows) * cfg.seq_len // model.block_size, device=device)
+            t = stratified_time(strata, len(strata), 0.5).view(len(rows), -1)
             loss = student_loss(model, teacher, rows, t, ("validation", i))
         total += loss.item() * len(rows)
     return total / len(x0)
@@ -1069,8 +1106,8 @@ def compare_with_teacher(x, teacher_text, teacher, seed):
             "shuffled": (x == teacher_text.roll(1, 0)).float().mean().item(), "teacher_nll": nll}
 
 
-def compare_exact(student, teacher, n, seq_len, seed, known=None):
-    """sample_exact against serial decoding on the same noise.
+def compare_exact(student, teacher, n, seq_len, seed, known=None, ratio=0.0, lookahead=None):
+    """draft_and_verify against serial decoding on the same noise.
 
     Returns: the texts (n, T), and a dict: rounds per text; equal, the share of texts equal to those
     of serial decoding; near_ties, how many of these differ, but only from where its two best lay
@@ -1082,7 +1119,7 @@ def compare_exact(student, teacher, n, seq_len, seed, known=None):
         xi, _ = sequence_noise(seed, index, seq_len, teacher)
         xt = None if known is None else known.expand(len(index), seq_len)
         start = time.perf_counter()
-        x, rounds = sample_exact(student, teacher, xi, xt)
+        x, rounds = draft_and_verify(student, teacher, xi, xt, ratio, lookahead)
         sums["rounds"] += rounds.sum().item()                   # .item() waits for a GPU
         middle = time.perf_counter()
         serial, gap = serial_extraction(teacher, xi, xt)
@@ -1132,12 +1169,17 @@ def evaluate(teacher, students, data, cfg):
             settings = dict(tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
             start = time.perf_counter()
             x = generate(student, n, seq_len, cfg.seed, nfe=nfe, **settings)
-            add(student.name, nfe, x, start, temperature == 0 and tau == 1, **settings, **val)
-    for student in [s for s in students if s.noise != "none"] + [None]:
+            add(student.name, nfe * seq_len // student.block_size, x, start,
+                temperature == 0 and tau == 1, **settings, **val)
+    whole = [s for s in students if not s.is_block]
+    noisy = [s for s in whole if s.noise != "none"]
+    for name, student, ratio, lookahead in (
+            [("apd", s, cfg.apd, cfg.lookahead) for s in whole]
+            + [("exact", s, 0.0, None) for s in noisy + [None]]):
         start = time.perf_counter()
-        x, report = compare_exact(student, teacher, n, seq_len, cfg.seed)
+        x, report = compare_exact(student, teacher, n, seq_len, cfg.seed, None, ratio, lookahead)
         calls = report["rounds"] * (2 if student else 1)        # of student and teacher together
-        add(f"exact, {student.name if student else 'no student'}", calls, x, start, **report)
+        add(f"{name}, {student.name if student else 'no student'}", calls, x, start, **report)
     return rows
 
 
@@ -1164,7 +1206,7 @@ def print_table(rows, columns=COLUMNS):
 # What decides a trained model: one that is there is reused only if all these are equal.
 TEACHER_SETTINGS = ("seq_len n_layer n_head n_embd dropout batch_size grad_accum max_steps lr "
                     "warmup schedule ema seed").split()
-STUDENT_SETTINGS = TEACHER_SETTINGS + ["noise", "labels"]
+STUDENT_SETTINGS = TEACHER_SETTINGS + "noise labels loss block_size clip init_from".split()
 NOISE_SETTINGS = STUDENT_SETTINGS + ["noise_map", "inject"]
 
 
@@ -1189,6 +1231,26 @@ def load_weights(model, saved, device):
     return model.to(device).eval().requires_grad_(False)
 
 
+def start_from(model, path, tokenizer):
+    """--init-from: a student begins with the weights of another, as BD3-LM with those of MDLM.
+
+    The other may lack the noise embedding; all else must be there and of the same shape.
+    """
+    saved = load_checkpoint(path, "student")
+    if saved["tokenizer"] != tokenizer.state:
+        raise UserError(f"--init-from {path}: knows other tokens; use a student of the same data")
+    try:
+        keys = model.load_state_dict({k: v for k, v in saved["ema"].items() if k != "t_range"},
+                                     strict=False)
+    except RuntimeError as e:
+        raise UserError(f"--init-from {path}: has another shape; give its --n-layer, --n-embd, "
+                        "--seq-len and --noise-map here, too") from e
+    wrong = [k for k in keys.missing_keys if not k.startswith(("noise_embedding.", "t_range"))]
+    if wrong or keys.unexpected_keys:
+        raise UserError(f"--init-from {path}: does not fit, {(wrong + keys.unexpected_keys)[0]} is "
+                        "not in both; give its --n-layer, --noise and --noise-map here, too")
+
+
 def load_student(saved, device):
     """The Student of a checkpoint, and its Tokenizer."""
     tokenizer = Tokenizer(**saved["tokenizer"])
@@ -1202,6 +1264,7 @@ def load_teacher(path, tokenizer, seq_len, device, data_id=None):
     Raises: UserError if its vocabulary, length or (if given) data are not the caller's
     """
     if not path.endswith(".pt"):
+        from text import load_pretrained
         return load_pretrained(path, tokenizer, seq_len).to(device)
     saved = load_checkpoint(path, "teacher")
     teacher = Teacher(Config(**saved["config"]), Tokenizer(**saved["tokenizer"]))
@@ -1214,37 +1277,6 @@ def load_teacher(path, tokenizer, seq_len, device, data_id=None):
         raise UserError(f"{path}: was trained on other data; name its own with --teacher, or "
                         "another --out-dir to train one")
     return load_weights(teacher, saved, device)
-
-
-def load_transformers(name, what, cure):
-    """A causal language model of transformers and its tokenizer, by hub name or from a folder.
-
-    Raises: UserError that names the flag `what` and the `cure`
-    """
-    try:
-        import transformers
-        return (transformers.AutoModelForCausalLM.from_pretrained(name).eval(),
-                transformers.AutoTokenizer.from_pretrained(name))
-    except ImportError as e:
-        raise UserError(f"{what} {name} needs transformers: pip install -e \".[hf]\"; or give "
-                        f"{cure}") from e
-    except Exception as e:  # offline, no such name, foreign folder: many types
-        raise UserError(f"{what} {name}: cannot be loaded ({type(e).__name__}); with no network "
-                        f"give a local folder with a model and its tokenizer, or {cure}") from e
-
-
-def load_pretrained(name, tokenizer, seq_len):
-    """A causal language model of transformers as Teacher; it must have the tokenizer here."""
-    model, words = load_transformers(name, "--teacher", "a .pt checkpoint of this program")
-    sizes = model.config.vocab_size, tokenizer.vocab_size
-    probe = "The teacher's tokens, 12.5 of them;\n\n  naïve?"
-    if sizes[0] != sizes[1] or words.encode(probe) != tokenizer.encode(probe).tolist():
-        raise UserError(f"--teacher {name}: its tokenizer ({sizes[0]} tokens) is not the one here "
-                        f"({sizes[1]} tokens); gpt2 models go with --tokenizer gpt2")
-    longest = getattr(model.config, "max_position_embeddings", seq_len)
-    if seq_len > longest:
-        raise UserError(f"--seq-len {seq_len}: --teacher {name} reads at most {longest} tokens")
-    return Teacher(None, tokenizer, Pretrained(model)).requires_grad_(False)
 
 
 def weights_id(model):
@@ -1300,14 +1332,16 @@ def averaging(decay):
 def batch(data, cfg, step, piece):
     """One of the cfg.grad_accum pieces of a step's batch.
 
-    Returns: x0 (b, T) long;  t (b,), stratified over the whole batch;  index (b,), which sequences
+    Returns: x0 (b, T) long;  s (b, T/L') in [0, 1), stratified over the whole batch and its blocks,
+             to make times of;  index (b,), which sequences
     """
     size = cfg.batch_size // cfg.grad_accum
     g = rng(cfg.seed, "batch", step, piece)
     index = torch.randint(data.n_train, (size,), generator=g)
-    strata = torch.arange(piece * size, (piece + 1) * size)
-    t = stratified_time(strata, cfg.batch_size, torch.rand(size, generator=g))
-    tensors = data.rows(index), t, index
+    n = cfg.seq_len // cfg.block_size
+    strata = torch.arange(piece * size * n, (piece + 1) * size * n).view(size, n)
+    s = stratified_time(strata, cfg.batch_size * n, torch.rand(size, n, generator=g), 0.0, 1.0)
+    tensors = data.rows(index), s, index
     return [x.pin_memory() for x in tensors] if cfg.device == "cuda" else tensors
 
 
@@ -1352,7 +1386,7 @@ def train(model, loss_fn, teacher, data, cfg, setting_names, sources=None):
     (seed, step, piece), so the step is all there is to save of the random state, and N processes
     take the steps of one.
 
-    loss_fn(model, x0, t, index, step, piece): loss of a piece;  sources: where steps get their
+    loss_fn(model, x0, s, index, step, piece): loss of a piece;  sources: where steps get their
     texts, in turn (default: data)
     Returns: the model with averaged weights, in eval mode
     """
@@ -1429,6 +1463,12 @@ def train(model, loss_fn, teacher, data, cfg, setting_names, sources=None):
             losses.append(loss)
             step += 1
             if RANK == 0 and (step % cfg.eval_every == 0 or step == cfg.max_steps):
+                if cfg.clip and kind == "student":
+                    x0 = data.val_rows(8 * cfg.batch_size).to(cfg.device)
+                    low, high, least, full = clipped_schedule(ema.module.eval(), teacher, x0)
+                    model.t_range.copy_(torch.tensor([low, high]))
+                    print(f"clipped schedule: t in [{low:.2f}, {high:.2f}], variance of the loss "
+                          f"{least:.3f}, over all times {full:.3f}")
                 save()
                 val = validation_loss(ema.module.eval(), teacher, data, cfg)
                 log_step(dict(model=model.name, step=step, loss=sum(losses) / len(losses), val=val,
@@ -1508,18 +1548,22 @@ def train_student(cfg, teacher, data):
     if cfg.labels != "data":
         sources.append(teacher_data(teacher, data, cfg))
 
-    def loss_fn(model, x0, t, index, step, piece):
+    def loss_fn(model, x0, s, index, step, piece):
         def recorded(rows):
             return sequence_noise((cfg.seed, "labels"), index[rows], cfg.seq_len, model)[0]
 
         is_recorded = sources[step % len(sources)] is not data
-        return student_loss(model, teacher, x0, t, (cfg.seed, "loss", step, piece),
-                            recorded if is_recorded else None)
+        low, high = model.t_range
+        return student_loss(model, teacher, x0, low + (high - low) * s,
+                            (cfg.seed, "loss", step, piece), recorded if is_recorded else None,
+                            cfg.loss)
 
     count = np.bincount(sources[0].train[:10**7], minlength=teacher.vocab_size) + 1.0
     log_freq = torch.tensor(count / count.sum()).log().to(torch.get_default_dtype())
     torch.manual_seed(cfg.seed)
     model = Student(cfg, teacher.vocab_size, log_freq)
+    if cfg.init_from:
+        start_from(model, cfg.init_from, data.tokenizer)
     return train(model, loss_fn, teacher, data, cfg,
                  STUDENT_SETTINGS if cfg.noise == "none" else NOISE_SETTINGS, sources)
 
@@ -1545,6 +1589,68 @@ def run(cfg):
         print(f"\n{student.name}, nfe {nfe}:\n{show(x[0], cfg.dataset, data.tokenizer)}")
     print(f"\n{path} written; {time.time() - start:.0f} s in all")
     return rows
+
+
+# The rows of --ablate: name, what differs from Gumbel Distillation, number of seeds. Noise that
+# comes in by a map is shown with the paper's and with the default one.
+ABLATION = [
+    ("MDLM", dict(noise="none"), 3),
+    ("token-level KD", dict(noise="none", loss="kd"), 3),
+    ("sequence-level KD", dict(noise="none", labels="teacher"), 3),
+    ("Gumbel Distillation", dict(), 3),
+    ("serial extraction", dict(labels="teacher"), 1),
+    ("gaussian noise", dict(noise="gaussian"), 1),
+    ("uniform noise", dict(noise="uniform"), 1),
+    ("noise independent of the text", dict(noise="independent"), 1),
+    ("noise added to [MASK]", dict(noise_map="softmax", inject="add"), 1),
+    ("raw map", dict(noise_map="raw"), 1),
+    ("learned map", dict(noise_map="learned"), 1),
+    ("BD3-LM, L' = 5", dict(noise="none", block_size=5), 1),
+    ("BD3-LM, L' = 5, Gumbel Distillation", dict(block_size=5), 1),
+    ("BD3-LM, L' = 2", dict(noise="none", block_size=2), 1),
+    ("BD3-LM, L' = 2, Gumbel Distillation", dict(block_size=2), 1),
+    ("BD3-LM, L' = 1", dict(noise="none", block_size=1), 1),
+    ("BD3-LM, L' = 1, Gumbel Distillation", dict(block_size=1), 1),
+]
+ABLATION_COLUMNS = {"model": "", "map": "", "seeds": "d", "nfe": ".3g", "valid": ".1%",
+                    "valid_sd": ".1%", "tv": ".3f", "tv_sd": ".3f", "distinct": ".3g",
+                    "agree_seq": ".3f", "agree_seq_sd": ".3f", "val_loss": ".3f"}
+
+
+def ablate(cfg):
+    """Train what is missing of ABLATION; print the table and write it to ablation.json.
+
+    One row for each model and number of calls, and for APD: mean and standard deviation over seeds.
+    """
+    out, table, start = cfg.out_dir or f"out/{cfg.dataset}-ablation", [], time.time()
+    for name, change, n_seeds in ABLATION:
+        settings = {"noise": "gumbel", **change}
+        maps = ["softmax", "draft"] if settings["noise"] != "none" else [None]
+        for noise_map in [settings.pop("noise_map")] if "noise_map" in settings else maps:
+            runs = []
+            for seed in range(cfg.seed, cfg.seed + n_seeds):
+                words = re.findall(r"\w+", f"{name} {noise_map or ''}")
+                folder = f"{out}/{seed}/{'-'.join(words)}"
+                print(f"\n{folder}")
+                rows = run(dataclasses.replace(
+                    cfg, ablate=False, resume=True, nfe=cfg.nfe or "1,3", seed=seed, out_dir=folder,
+                    teacher=f"{out}/{seed}/MDLM/teacher.pt" if table else None,
+                    noise_map=noise_map, **settings))
+                runs.append([r for r in rows if r.get("temperature") == rows[2]["temperature"]
+                             or name in ("MDLM", "Gumbel Distillation") and "apd" in r["model"]])
+            for same in zip(*runs):                             # a row of each seed
+                apd = " + APD" if "apd" in same[0]["model"] else ""
+                table.append(dict(model=name + apd, map=noise_map or "", seeds=n_seeds))
+                for column in ("nfe", "valid", "tv", "distinct", "agree_seq", "val_loss"):
+                    values = [row[column] for row in same if column in row]
+                    if values:
+                        table[-1][column] = float(np.mean(values))
+                    if len(values) > 1:
+                        table[-1][column + "_sd"] = float(np.std(values, ddof=1))
+    with open(f"{out}/ablation.json", "w") as f:
+        json.dump(table, f, indent=1)
+    print_table(table, ABLATION_COLUMNS)
+    print(f"\n{out}/ablation.json written; {time.time() - start:.0f} s in all")
 
 
 # -----------------------------------------------------------------------------
@@ -1593,7 +1699,8 @@ def main():
     parser = argparse.ArgumentParser(
         description="Gumbel Distillation: trains a teacher and students, and prints how well each "
         "generates. In brackets: defaults, for each dataset where they differ.")
-    run(Config(**vars(add_flags(parser).parse_args())))
+    cfg = Config(**vars(add_flags(parser).parse_args()))
+    ablate(cfg) if cfg.ablate else run(cfg)
 
 
 if __name__ == "__main__":

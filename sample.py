@@ -27,8 +27,9 @@ from tqdm import tqdm
 from gumbel_distill import (COLUMNS, Config, Teacher, Tokenizer, UserError, add_flags,
                             compare_exact, compare_with_teacher, default_temperatures, flag,
                             generate, load_checkpoint, load_data, load_student, load_teacher,
-                            load_transformers, load_weights, numbers, print_table, resolve, run_cli,
-                            sampling_batches, show, token_entropy, weights_id)
+                            load_weights, numbers, print_table, resolve, run_cli, sampling_batches,
+                            show, token_entropy, weights_id)
+from text import load_transformers
 
 FLAGS = ("teacher nfe tau temperature top_p order seed device batch_size train_files val_files "
          "out_dir").split()

@@ -1,7 +1,7 @@
-"""Running text for gumbel_distill.py: files or the Hugging Face hub -> token ids on disk.
+"""Text for gumbel_distill.py: toy sentences, files, the hub, and GPT-2's tokens and models.
 
-A text is tokenised once, on all cores and in bounded memory, into a file of uint16 under data/ that
-later runs map into memory. Beside the method, hence beside the file that shows it.
+A running text is tokenised once, on all cores and in bounded memory, into a file of uint16 under
+data/ that later runs map into memory. Beside the method, hence beside the file that shows it.
 """
 
 import collections
@@ -11,12 +11,86 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 
 import numpy as np
+import torch.nn as nn
 from tqdm import tqdm
 
-from gumbel_distill import Data, Tokenizer, UserError, flag
+from gumbel_distill import END, Data, Teacher, Tokenizer, UserError, flag, total_variation
+from gumbel_distill import tv_exact_sampler
+
+
+# -----------------------------------------------------------------------------
+# Toy sentences
+
+# The grammar of `cities`. A slot is one phrase of its list; a slot that returns is the same phrase.
+SENTENCES = [
+    "{name} flies from {city} to {town} on {date} and {friend} follows {name}",
+    "the {person} flies from {city} to {town} on {date} with {name} and {things}",
+    "the {person}s fly from {city} to {town} on {date} with {name} and {things}",
+]
+WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+THINGS = "ticket suitcase camera guitar umbrella book lamp carpet".split()
+SLOTS = {
+    "name": "Anna Ben Carla David Emma Felix Grace Henry".split(),
+    "friend": "Ida Jack Karen Leo Mary Noah Olga Paul".split(),
+    "city": ("San Francisco,San Diego,San Jose,Los Angeles,Los Gatos,Las Vegas,Las Cruces,Santa Fe,"
+             "Santa Cruz,El Paso").split(","),
+    "town": ("New York,New Orleans,New Haven,Fort Worth,Fort Wayne,Long Beach,Long Branch,"
+             "Grand Rapids,Cedar Rapids,Saint Paul").split(","),
+    "date": [f"{WEEKDAYS[day % 7]} the {day}th" for day in range(7, 21)],
+    "person": "doctor teacher lawyer farmer pilot singer baker painter".split(),
+    "things": [f"one {t}" for t in THINGS] + [f"{n} {t}s" for t in THINGS
+                                              for n in ("two", "three")],
+}
+
+
+def sentence_pattern(template):
+    """The regular expression that parses the sentences of one template, and nothing else."""
+    seen = set()
+
+    def slot_pattern(match):
+        slot = match[1]
+        if slot in seen:
+            return f"(?P={slot})"
+        seen.add(slot)
+        return f"(?P<{slot}>{'|'.join(SLOTS[slot])})"
+    return re.compile(re.sub(r"{(\w+)}", slot_pattern, template) + f"( {END})+")
+
+
+def load_cities(cfg):
+    """Sentences of the grammar above, every choice uniform, filled up with END to seq_len."""
+    text = [s.replace("{person}", person) for s in SENTENCES for person in SLOTS["person"]]
+    text = " ".join(text + [phrase for phrases in SLOTS.values() for phrase in phrases])
+    tokenizer = Tokenizer(sorted(w for w in set(text.split()) if "{" not in w) + [END], " ")
+    patterns = [sentence_pattern(s) for s in SENTENCES]
+    names = {phrase: i for i, phrase in enumerate(SLOTS["city"] + SLOTS["town"])}
+    first_words = {phrase.split()[0] for phrase in names}
+
+    def judge(x):
+        sentences = [tokenizer.decode(row) for row in x]
+        valid = sum(any(p.fullmatch(s) for p in patterns) for s in sentences)
+        words = [s.split() for s in sentences]
+        pairs = [f"{a} {b}" for w in words for a, b in zip(w, w[1:]) if a in first_words]
+        counts = np.bincount([names[p] for p in pairs if p in names], minlength=len(names))
+        n_wrong = len(pairs) - int(counts.sum())
+        return {"valid": valid / len(x), "distinct": len(set(sentences)), "distinct_of": len(x),
+                "wrong_names": n_wrong / max(1, len(pairs)), "tv": total_variation(counts, n_wrong),
+                "tv_exact_sampler": tv_exact_sampler(len(names), 2 * len(x))}
+
+    choose, rows = random.Random(0).choice, []
+    for _ in range(52_000):
+        words = choose(SENTENCES).format(**{k: choose(v) for k, v in SLOTS.items()}).split()
+        rows.append(tokenizer.encode(" ".join(words + [END] * (cfg.seq_len - len(words)))))
+    tokens = np.concatenate(rows)
+    return Data(tokens[:-2000 * cfg.seq_len], tokens[-2000 * cfg.seq_len:], cfg.seq_len, tokenizer,
+                stride=cfg.seq_len, judge=judge)
+
+
+# -----------------------------------------------------------------------------
+# Running text: files or the hub -> token ids on disk
 
 # Where running text comes from when no --train-files are given: (name, split) on the Hugging Face
 # hub. These copies are parquet; those under the bare names are scripts, which `datasets` refuses.
@@ -193,3 +267,70 @@ def load_text(cfg):
     train, tokenizer, _ = load_tokens(cfg, "train", train, tokenizer, limit)
     val, _, _ = load_tokens(cfg, "val", val, tokenizer, limit)
     return Data(train, val, cfg.seq_len, tokenizer)
+
+
+# -----------------------------------------------------------------------------
+# GPT-2: its tokens, and models of transformers as teachers and judges
+
+def load_gpt2_bpe(size):
+    import tiktoken
+    try:
+        bpe = tiktoken.get_encoding("gpt2")
+    except Exception as e:  # whatever the download layer raises
+        raise UserError(f"GPT-2's tokenizer files cannot be fetched ({type(e).__name__}); without "
+                        "a network set TIKTOKEN_CACHE_DIR to a folder that holds them, or use "
+                        "--tokenizer char") from e
+    if size == bpe.n_vocab:
+        return bpe
+    ranks = {token: rank for token, rank in bpe._mergeable_ranks.items() if rank < size - 1}
+    return tiktoken.Encoding(f"gpt2-{size}", pat_str=bpe._pat_str, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": size - 1})
+
+
+class Pretrained(nn.Module):
+    """A causal language model of Hugging Face's transformers with the face of Transformer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.body, self.head = model.base_model, model.get_output_embeddings()
+
+    def embed(self, ids):
+        return ids
+
+    def forward(self, ids, cache=None):
+        past = cache.kv.get("pretrained") if cache else None
+        out = self.body(ids, past_key_values=past, use_cache=cache is not None)
+        if cache:
+            cache.kv["pretrained"] = out.past_key_values
+        return out.last_hidden_state
+
+
+def load_transformers(name, what, cure):
+    """A causal language model of transformers and its tokenizer, by hub name or from a folder.
+
+    Raises: UserError that names the flag `what` and the `cure`
+    """
+    try:
+        import transformers
+        return (transformers.AutoModelForCausalLM.from_pretrained(name).eval(),
+                transformers.AutoTokenizer.from_pretrained(name))
+    except ImportError as e:
+        raise UserError(f"{what} {name} needs transformers: pip install -e \".[hf]\"; or give "
+                        f"{cure}") from e
+    except Exception as e:  # offline, no such name, foreign folder: many types
+        raise UserError(f"{what} {name}: cannot be loaded ({type(e).__name__}); with no network "
+                        f"give a local folder with a model and its tokenizer, or {cure}") from e
+
+
+def load_pretrained(name, tokenizer, seq_len):
+    """A causal language model of transformers as Teacher; it must have the tokenizer here."""
+    model, words = load_transformers(name, "--teacher", "a .pt checkpoint of this program")
+    sizes = model.config.vocab_size, tokenizer.vocab_size
+    probe = "The teacher's tokens, 12.5 of them;\n\n  naïve?"
+    if sizes[0] != sizes[1] or words.encode(probe) != tokenizer.encode(probe).tolist():
+        raise UserError(f"--teacher {name}: its tokenizer ({sizes[0]} tokens) is not the one here "
+                        f"({sizes[1]} tokens); gpt2 models go with --tokenizer gpt2")
+    longest = getattr(model.config, "max_position_embeddings", seq_len)
+    if seq_len > longest:
+        raise UserError(f"--seq-len {seq_len}: --teacher {name} reads at most {longest} tokens")
+    return Teacher(None, tokenizer, Pretrained(model)).requires_grad_(False)

@@ -90,7 +90,7 @@ def dense_loss(student, teacher, x0, t, key, same=None):
     carried = torch.full_like(logp, -1e6).scatter(-1, x0[..., None], 0.0)
     logp = torch.where(is_masked, logp, carried)
     nll = -logp.gather(-1, x0[..., None])[..., 0]
-    return (nll / t[:, None]).mean()
+    return (nll / t).mean()
 
 
 def measure(side, args):
@@ -115,7 +115,7 @@ def measure(side, args):
         key = ("bench", i)
         x0 = torch.randint(Words.vocab_size, (cfg.batch_size, cfg.seq_len), generator=gd.rng(*key))
         x0 = x0.to(args.device)
-        t = gd.stratified_time(torch.arange(len(x0)), len(x0), 0.5).to(args.device)
+        t = gd.stratified_time(torch.arange(len(x0))[:, None], len(x0), 0.5).to(args.device)
         given = (student, teacher, x0, t, key)
         with torch.autocast(args.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             more = ()

@@ -104,10 +104,10 @@ def test_posterior_noise_of_a_text_makes_the_serial_teacher_write_that_text(tiny
 
 def test_q_sample_masks_with_probability_t():
     x0 = torch.zeros(3, 40_000, dtype=torch.long)
-    t = torch.tensor([0.1, 0.5, 1.0])
+    t = torch.tensor([[0.1], [0.5], [1.0]])
     xt = gd.q_sample(x0, t, V, gd.rng(1))
     share = (xt == V).double().mean(1)
-    assert torch.allclose(share, t.double(), atol=0.012) and share[2] == 1
+    assert torch.allclose(share, t[:, 0].double(), atol=0.012) and share[2] == 1
     assert (xt[xt != V] == 0).all()
 
 
@@ -133,7 +133,7 @@ def dense_loss(student, x0, xt, xi, t):
         h = student.net(add_noise(x) + student.embed_pos.weight)
     logp = student.net.head(h).log_softmax(-1)                  # (B, T, V)
     nll = -logp.gather(-1, x0[..., None])[..., 0]
-    return (nll * is_masked[..., 0] / t[:, None]).mean()
+    return (nll * is_masked[..., 0] / t).mean()
 
 
 @pytest.mark.parametrize("noise_map", ["softmax", "raw", "learned", "draft"])
@@ -146,7 +146,7 @@ def test_masked_only_loss_equals_the_dense_form_in_value_and_gradient(
     _, teacher, _ = tiny
     student = gd.Student(tiny_config(noise_map=noise_map, inject=inject), V).double()
     x0 = torch.randint(V, (8, T), generator=gd.rng(3))
-    t = gd.stratified_time(torch.arange(8), 8, torch.full((8,), 0.5)).double()
+    t = gd.stratified_time(torch.arange(8)[:, None], 8, 0.5).double()
     xi = gd.sample_gumbel((8, T, V), gd.rng(4), torch.float64)
     xt = gd.q_sample(x0, t, V, gd.rng(5, "mask"))
     gradients = []
@@ -163,7 +163,7 @@ def test_masked_only_loss_equals_the_dense_form_in_value_and_gradient(
 def test_the_dense_step_of_the_benchmark_is_the_same_loss(tiny):
     import bench
     _, teacher, _ = tiny
-    x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8,), 0.6).double()
+    x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8, 1), 0.6).double()
     for noise_map in ("softmax", "draft"):
         student = gd.Student(tiny_config(noise_map=noise_map), V).double()
         given = (student, teacher, x0, t, ("bench", 0))
@@ -188,7 +188,7 @@ def test_a_draft_is_what_the_student_would_draw_by_gumbel_max(tiny):
 def test_loss_draws_posterior_noise_of_the_masked_tokens(tiny):
     """Without recorded noise the loss is that of posterior noise drawn from the same generator."""
     _, teacher, student = tiny
-    x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8,), 0.6).double()
+    x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8, 1), 0.6).double()
     drawn = gd.student_loss(student, teacher, x0, t, (9,))
     is_masked = gd.q_sample(x0, t, V, gd.rng(9, "mask")) == V
     xi = torch.zeros(8, T, V, dtype=torch.float64)
@@ -203,7 +203,7 @@ def test_loss_draws_posterior_noise_of_the_masked_tokens(tiny):
 def test_noise_of_unmasked_positions_does_not_matter(noise_map, tiny):
     _, teacher, _ = tiny
     student = gd.Student(tiny_config(noise_map=noise_map), V).double()
-    x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8,), 0.5).double()
+    x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8, 1), 0.5).double()
     xi = gd.sample_gumbel((8, T, V), gd.rng(4), torch.float64)
     is_masked = gd.q_sample(x0, t, V, gd.rng(5, "mask")) == V
     other = torch.where(is_masked[..., None], xi, -xi)
@@ -216,14 +216,14 @@ def test_loss_of_a_student_that_knows_nothing_is_ln_v():
     student = gd.Student(tiny_config(noise="none"), V).eval()
     torch.nn.init.zeros_(student.net.head.weight)
     x0 = torch.zeros(20_000, T, dtype=torch.long)
-    t = gd.stratified_time(torch.arange(20_000), 20_000, 0.5)
+    t = gd.stratified_time(torch.arange(20_000)[:, None], 20_000, 0.5)
     loss = gd.student_loss(student, None, x0, t, (11,)).item()
     assert loss == pytest.approx(math.log(V), rel=0.03)
 
 
 def test_independent_noise_is_drawn_without_teacher_or_text():
     student = gd.Student(tiny_config(noise="independent"), V).eval()
-    x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8,), 0.5)
+    x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8, 1), 0.5)
     loss = gd.student_loss(student, None, x0, t, (12,))
     xt = gd.q_sample(x0, t, V, gd.rng(12, "mask"))
     logits = student(xt, gd.sample_gumbel(((xt == V).sum(), V), gd.rng(12, "noise", 0)))

@@ -9,6 +9,7 @@ import torch
 
 import gumbel_distill as gd
 import sample
+import text
 
 V, T = 7, 6
 
@@ -74,7 +75,7 @@ def direct_nll(model, ids):
 
 
 def test_generative_perplexity_equals_a_direct_computation(gpt2_folder):
-    model, words = gd.load_transformers(str(gpt2_folder), "--judge", "")
+    model, words = text.load_transformers(str(gpt2_folder), "--judge", "")
     texts = ["The cat sat.", "To be, or not<|endoftext|>to be."]
     total, count = 0.0, 0
     for text in texts:
@@ -88,7 +89,7 @@ def test_generative_perplexity_equals_a_direct_computation(gpt2_folder):
 
 
 def test_long_text_is_judged_in_windows_each_token_once(gpt2_folder):
-    model, words = gd.load_transformers(str(gpt2_folder), "--judge", "")
+    model, words = text.load_transformers(str(gpt2_folder), "--judge", "")
     text = " ".join(f"word{i}" for i in range(20))
     ids = torch.tensor(words.encode(text))
     assert len(ids) >= 40                                       # the model reads 16

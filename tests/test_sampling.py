@@ -18,13 +18,14 @@ def draws(n, seed=0):
 class Recorder(torch.nn.Module):
     """Stands in for a student: fixed logits (T, V), and remembers what it was shown."""
     mask_id = vocab_size = V
+    seq_len = block_size = T
     noise = "none"
 
     def __init__(self, logits):
         super().__init__()
         self.logits, self.seen = torch.nn.Parameter(logits), []
 
-    def forward(self, xt, xi):
+    def forward(self, xt, xi, cache=None):
         self.seen.append(xt == V)
         return self.logits.expand(len(xt), T, V)[xt == V]
 
@@ -117,7 +118,7 @@ def test_exact_mode_equals_serial_decoding_token_for_token(drafter, n_known, tin
     xi, _ = draws(500)
     xt = torch.full((500, T), V)
     xt[:, :n_known] = torch.randint(V, (500, n_known), generator=gd.rng(1))
-    x, rounds = gd.sample_exact({"student": student, "no noise": plain, "none": None}[drafter],
+    x, rounds = gd.draft_and_verify({"student": student, "no noise": plain, "none": None}[drafter],
                                 teacher, xi, xt)
     assert x.equal(gd.serial_extraction(teacher, xi, xt)[0])
     assert x[:, :n_known].equal(xt[:, :n_known])
@@ -130,15 +131,17 @@ def test_exact_mode_takes_one_round_with_a_perfect_student_and_t_with_one_always
     truth, _ = gd.serial_extraction(teacher, xi)
 
     class Oracle(Recorder):
+        noise = "gumbel"
+
         def forward(self, xt, xi):
             return torch.nn.functional.one_hot((truth + self.error) % V, V)[self.live][xt == V]
 
     oracle = Oracle(torch.zeros(T, V))
     oracle.error, oracle.live = 0, slice(None)
-    x, rounds = gd.sample_exact(oracle, teacher, xi)
+    x, rounds = gd.draft_and_verify(oracle, teacher, xi)
     assert x.equal(truth) and (rounds == 1).all()
     oracle.error = 1  # always wrong: each round still yields the teacher's own next token
-    x, rounds = gd.sample_exact(oracle, teacher, xi)
+    x, rounds = gd.draft_and_verify(oracle, teacher, xi)
     assert x.equal(truth) and (rounds == T).all()
 
 
