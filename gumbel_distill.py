@@ -40,8 +40,9 @@ import re
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -78,10 +79,8 @@ class Config:
     """Settings of a run. None means: as PRESETS says for the dataset."""
     # data
     dataset: str = option("maze", "what to learn", ["maze", "cities", "text", "lm1b", "owt"])
-    train_files: str = option(None, "text, .jsonl or .parquet, a file or a quoted glob (lm1b, owt:"
-                              " default the Hugging Face hub)")
-    val_files: str = option(None, "files to validate on, left out of the others; default: the last"
-                            " 10%% of these")
+    train_files: str = option(None, "text, .jsonl or .parquet: a file or a quoted glob; or the hub")
+    val_files: str = option(None, "files to validate on; or the last 10%% of the training text")
     tokenizer: str = option(None, "tokens of text; gpt2-N: the first N of GPT-2's, for a CPU",
                             ["char", "gpt2", "gpt2-1024", "gpt2-4096"])
     seq_len: int = option(None, "tokens per sequence", low=2)
@@ -91,26 +90,21 @@ class Config:
     n_head: int = option(None, "attention heads", low=1)
     n_embd: int = option(None, "width", low=2)
     dropout: float = option(None, "dropout probability", low=0, high=0.9)
-    block_size: int = option(None, "BD3-LM's block length, a divisor of seq_len; seq_len is MDLM"
-                             " (default)", low=1)
+    block_size: int = option(None, "BD3-LM's block length; seq_len, the default, is MDLM", low=1)
     init_from: str = option(None, "checkpoint of a student whose weights to start from")
     # noise
-    noise: str = option("none,gumbel", "one student for each of this list; none is MDLM,"
-                        " independent a control: noise that knows nothing of the text",
+    noise: str = option("none,gumbel", "one student for each; independent: of the text, a control",
                         ["none", "gumbel", "gaussian", "uniform", "independent"])
     noise_map: str = option(None, "noise -> embedding; softmax is the paper's",
                             ["softmax", "raw", "learned", "draft"])
-    inject: str = option("replace", "noise embedding in place of that of [MASK], or added to it"
-                         " (draft: always added)", ["replace", "add"])
-    labels: str = option("data", "learn real text with posterior noise (Theorem 4.1), the teacher's"
-                         " own samples with theirs, or both in turn",
+    inject: str = option("replace", "noise embedding in place of [MASK]'s, or added (draft: added)",
+                         ["replace", "add"])
+    labels: str = option("data", "real text with posterior noise, the teacher's texts, or in turn",
                          ["data", "teacher", "mixture"])
-    loss: str = option("ce", "of students: cross-entropy of the text, or token-level KD, that is of"
-                       " the teacher's distributions", ["ce", "kd"])
-    clip: bool = option(False, "BD3-LM's clipped schedule: train with times from the interval where"
-                        " the loss varies least")
-    teacher: str = option(None, "teacher checkpoint, or gpt2, gpt2-large, a folder of transformers;"
-                          " default: teacher.pt in --out-dir")
+    loss: str = option("ce", "cross-entropy with the text, or with the teacher's distributions",
+                       ["ce", "kd"])
+    clip: bool = option(False, "BD3-LM's clipped schedule: times where the loss varies least")
+    teacher: str = option(None, "a checkpoint, gpt2, gpt2-large or a folder; or --out-dir's own")
     # training
     batch_size: int = option(None, "sequences per optimiser step; of sample.py: texts at once",
                              low=1)
@@ -123,17 +117,14 @@ class Config:
     ema: float = option(None, "decay per step of the averaged weights; 0: none", low=0, high=1)
     eval_every: int = option(None, "steps between validations; each writes the checkpoint", low=1)
     # sampling
-    nfe: str = option(None, "function evaluations per sample, like 1,2,4; with --block-size per"
-                      " block")
+    nfe: str = option(None, "function evaluations per sample (of a block), like 1,2,4")
     tau: str = option("1", "scale of the noise, or several, like 0.8,1")
-    temperature: str = option(None, "0: argmax (default with noise); 1: the student's own"
-                              " probabilities (default without); or several, like 0,0.5,1")
+    temperature: str = option(None, "of the student, or several; with noise 0 (argmax), without 1")
     top_p: float = option(1.0, "nucleus: the likeliest tokens of this total", low=0, high=1)
     order: str = option("random", "which masked tokens to fill first",
                         ["random", "first-hitting", "confidence", "left"])
-    apd: float = option(0.5, "R of adaptive parallel decoding: the student's share in the target;"
-                        " 0 is exact mode", low=0, high=1)
-    lookahead: int = option(10, "tokens that one round of it may fill", low=1)
+    apd: float = option(0.5, "R of adaptive parallel decoding; 0 is exact mode", low=0, high=1)
+    lookahead: int = option(10, "tokens that a round of it may fill", low=1)
     n_samples: int = option(None, "samples per row of the table", low=1)
     # machine
     seed: int = option(0, "seed of every random draw")
@@ -144,8 +135,7 @@ class Config:
                           ["auto", "on", "off"])
     resume: bool = option(False, "go on with an interrupted run")
     ablate: bool = option(False, "train and print the ablation table, see ABLATION")
-    out_dir: str = option(None, "folder of this run; default: out/<dataset>, for sample.py"
-                          " out/eval")
+    out_dir: str = option(None, "folder of this run (out/<dataset>; of sample.py out/eval)")
 
 
 COMMON = dict(
@@ -930,11 +920,11 @@ def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="rand
              blocks
     """
     B, _, T = u.shape
-    L, longest = student.block_size, student.seq_len
+    L, longest, mask_id = student.block_size, student.seq_len, student.mask_id
     if T % L and T > L or T > longest and 2 * L > longest:
         raise ValueError(f"a text of {T} tokens cannot be written in blocks of {L} with at most "
                          f"{longest} tokens in view")
-    xt = torch.full((B, T), student.mask_id, device=u.device) if xt is None else xt.clone()
+    text = torch.full((B, T), mask_id, device=u.device) if xt is None else xt.clone()
     first, cache = 0, None                                      # where the window starts
     for start in range(0, T, L):
         block = slice(start, start + L)
@@ -942,45 +932,36 @@ def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="rand
             first, cache = start - longest // 2 // L * L, None
         if use_cache and start > first:
             cache = cache or KVCache(longest)
-            student.hidden(xt[:, first + cache.start:start], cache=cache)
-        seen = slice(first, start + L) if cache is None else block
-        fill_block(student, xt, xi[:, block], u[:, :, block], block, seen, cache, nfe, tau,
-                   temperature, top_p, order, on_step)
-    return xt
-
-
-def fill_block(student, xt, xi, u, block, seen, cache, nfe, tau, temperature, top_p, order,
-               on_step):
-    """The denoising steps of `sample` for one block of xt (B, T), in place.
-
-    xi, u: those of the block;  seen: the slice of xt that the student reads
-    """
-    n_start = (xt[:, block] == student.mask_id).sum(dim=1)      # (B,)
-    score = u[:, 0]
-    if order in ("confidence", "left"):
-        score = -torch.arange(u.size(2), device=u.device).expand_as(score).double()
-    for k in range(1, nfe + 1):
-        is_masked = xt[:, block] == student.mask_id
-        n_fill = is_masked.sum(dim=1) - n_start * (nfe - k) // nfe         # (B,)
-        if order == "random":
-            n_fill = (is_masked & (u[:, 0] >= 1 - k / nfe)).sum(dim=1)
-        if not n_fill.any():
-            continue
-        logits = student(xt[:, seen], tau * xi[is_masked], cache)          # (M, V)
-        tokens = draw_tokens(logits, u[:, 1][is_masked], temperature, top_p)
-        if order == "confidence":
-            top = logits.softmax(dim=-1).amax(dim=-1).to(score.dtype)
-            score = score.masked_scatter(is_masked, top)
-        rank = score.masked_fill(~is_masked, -math.inf).argsort(dim=1, descending=True, stable=True)
-        is_filled = is_masked & (rank.argsort(dim=1) < n_fill[:, None])
-        filled = xt[:, block].masked_scatter(is_masked, tokens)
-        xt[:, block] = torch.where(is_filled, filled, xt[:, block])
-        if on_step:
-            on_step(xt)
+            student.hidden(text[:, first + cache.start:start], cache=cache)
+        seen = block if cache else slice(first, start + L)
+        xt, u_when, u_what = text[:, block], u[:, 0, block], u[:, 1, block]           # (B, L)
+        n_start = (xt == mask_id).sum(dim=1)                    # (B,)
+        score = u_when
+        if order in ("confidence", "left"):
+            score = -torch.arange(xt.size(1), device=u.device).expand_as(xt).double()
+        for k in range(1, nfe + 1):
+            is_masked = xt == mask_id
+            n_fill = is_masked.sum(dim=1) - n_start * (nfe - k) // nfe     # (B,)
+            if order == "random":
+                n_fill = (is_masked & (u_when >= 1 - k / nfe)).sum(dim=1)
+            if not n_fill.any():
+                continue
+            logits = student(text[:, seen], tau * xi[:, block][is_masked], cache)     # (M, V)
+            tokens = draw_tokens(logits, u_what[is_masked], temperature, top_p)
+            if order == "confidence":
+                top = logits.softmax(dim=-1).amax(dim=-1).to(score.dtype)
+                score = score.masked_scatter(is_masked, top)
+            rank = score.masked_fill(~is_masked, -math.inf).argsort(dim=1, descending=True,
+                                                                    stable=True)
+            is_filled = is_masked & (rank.argsort(dim=1) < n_fill[:, None])
+            xt[is_filled] = xt.masked_scatter(is_masked, tokens)[is_filled]           # in text, too
+            if on_step:
+                on_step(text.clone())
+    return text
 
 
 @torch.no_grad()
-def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, lookahead=None):
+def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, lookahead=None, on_round=None):
     """The student drafts, the teacher verifies: exact mode, or adaptive parallel decoding (APD).
 
     Each round drafts all masked tokens in one student pass: argmax(logp_student + xi), where a
@@ -995,6 +976,8 @@ def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, lookahead=None):
     ratio above 0: APD (Israel et al. 2025), whose text is in between student's and teacher's.
 
     Args:    xi (B, T, V) Gumbel noise;  xt (B, T) known tokens, at the left only, mask_id = V after
+             on_round: called after each round with the numbers (b,) of the texts that were open,
+             draft and answer (b, T), and n_keep (b,), how many tokens of the answer stand now
     Returns: x0 (B, T) long;  rounds (B,) long, each one student and one teacher call
     """
     B, T, V = xi.shape
@@ -1023,6 +1006,8 @@ def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, lookahead=None):
         x[live] = torch.where(is_kept, torch.where(is_masked, answer, draft), V)
         if student is None:
             guess[live] = answer
+        if on_round:
+            on_round(live, draft, answer, n_keep)
         rounds[live] += 1
         live = live[n_keep < T]
     return x, rounds
@@ -1617,36 +1602,56 @@ ABLATION_COLUMNS = {"model": "", "map": "", "seeds": "d", "nfe": ".3g", "valid":
                     "agree_seq": ".3f", "agree_seq_sd": ".3f", "val_loss": ".3f"}
 
 
+def run_alone(cfg):
+    """run(cfg) on one core; what it prints goes to log.txt in its folder."""
+    torch.set_num_threads(1)
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    with open(os.path.join(cfg.out_dir, "log.txt"), "w") as f, contextlib.redirect_stdout(f):
+        return run(cfg)
+
+
 def ablate(cfg):
     """Train what is missing of ABLATION; print the table and write it to ablation.json.
 
     One row for each model and number of calls, and for APD: mean and standard deviation over seeds.
+    On a CPU as many runs at once as there are cores: these models are too small for two threads.
     """
-    out, table, start = cfg.out_dir or f"out/{cfg.dataset}-ablation", [], time.time()
+    start, out = time.time(), cfg.out_dir or f"out/{cfg.dataset}-ablation"
+    jobs = []
     for name, change, n_seeds in ABLATION:
         settings = {"noise": "gumbel", **change}
         maps = ["softmax", "draft"] if settings["noise"] != "none" else [None]
         for noise_map in [settings.pop("noise_map")] if "noise_map" in settings else maps:
-            runs = []
             for seed in range(cfg.seed, cfg.seed + n_seeds):
                 words = re.findall(r"\w+", f"{name} {noise_map or ''}")
-                folder = f"{out}/{seed}/{'-'.join(words)}"
-                print(f"\n{folder}")
-                rows = run(dataclasses.replace(
-                    cfg, ablate=False, resume=True, nfe=cfg.nfe or "1,3", seed=seed, out_dir=folder,
-                    teacher=f"{out}/{seed}/MDLM/teacher.pt" if table else None,
-                    noise_map=noise_map, **settings))
-                runs.append([r for r in rows if r.get("temperature") == rows[2]["temperature"]
-                             or name in ("MDLM", "Gumbel Distillation") and "apd" in r["model"]])
-            for same in zip(*runs):                             # a row of each seed
-                apd = " + APD" if "apd" in same[0]["model"] else ""
-                table.append(dict(model=name + apd, map=noise_map or "", seeds=n_seeds))
-                for column in ("nfe", "valid", "tv", "distinct", "agree_seq", "val_loss"):
-                    values = [row[column] for row in same if column in row]
-                    if values:
-                        table[-1][column] = float(np.mean(values))
-                    if len(values) > 1:
-                        table[-1][column + "_sd"] = float(np.std(values, ddof=1))
+                jobs.append((name, noise_map or "", dataclasses.replace(
+                    cfg, ablate=False, resume=True, nfe=cfg.nfe or "1,3", seed=seed,
+                    out_dir=f"{out}/{seed}/{'-'.join(words)}", noise_map=noise_map,
+                    teacher=f"{out}/{seed}/MDLM/teacher.pt" if name != "MDLM" else None,
+                    **settings)))
+    n_workers = os.cpu_count() if resolve(cfg).device == "cpu" else 1
+    runs = {}                                                   # (name, map): rows of each seed
+    with ProcessPoolExecutor(n_workers, get_context("spawn")) as pool:
+        for wave in (True, False):                              # MDLM's runs train the teachers
+            some = [job for job in jobs if (job[0] == "MDLM") == wave]
+            futures = [pool.submit(run_alone, job[-1]) for job in some]
+            for (name, noise_map, job), future in zip(some, futures):
+                rows = future.result()
+                print(f"{job.out_dir} done, {time.time() - start:.0f} s", flush=True)
+                runs.setdefault((name, noise_map), []).append([
+                    r for r in rows if r.get("temperature") == rows[2]["temperature"]
+                    or name in ("MDLM", "Gumbel Distillation") and "apd" in r["model"]])
+    table = []
+    for (name, noise_map), of_seeds in runs.items():
+        for same in zip(*of_seeds):                             # one row of each seed
+            apd = " + APD" if "apd" in same[0]["model"] else ""
+            table.append(dict(model=name + apd, map=noise_map, seeds=len(same)))
+            for column in ("nfe", "valid", "tv", "distinct", "agree_seq", "val_loss"):
+                values = [row[column] for row in same if column in row]
+                if values:
+                    table[-1][column] = float(np.mean(values))
+                if len(values) > 1:
+                    table[-1][column + "_sd"] = float(np.std(values, ddof=1))
     with open(f"{out}/ablation.json", "w") as f:
         json.dump(table, f, indent=1)
     print_table(table, ABLATION_COLUMNS)

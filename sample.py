@@ -4,6 +4,7 @@
     python sample.py --ckpt out/maze/student-gumbel.pt --nfe 3 -n 4
     python sample.py --prompt "To be, ____" --show-steps   # each _ is one token to fill in
     python sample.py --exact -n 1000                       # the teacher's own texts, drafted
+    python sample.py --apd 0.5                             # drafted, and verified less strictly
     python sample.py --ckpt A.pt B.pt --eval --nfe 1,4,16 --judge teacher --featurizer teacher
 """
 
@@ -31,8 +32,8 @@ from gumbel_distill import (COLUMNS, Config, Teacher, Tokenizer, UserError, add_
                             show, token_entropy, weights_id)
 from text import load_transformers
 
-FLAGS = ("teacher nfe tau temperature top_p order seed device batch_size train_files val_files "
-         "out_dir").split()
+FLAGS = ("teacher nfe tau temperature top_p order apd lookahead seed device batch_size train_files "
+         "val_files out_dir").split()
 
 
 # -----------------------------------------------------------------------------
@@ -98,15 +99,17 @@ def print_steps(steps, tokenizer, seq_len):
     print()
 
 
-def exact(student, teacher, n, seq_len, seed, known):
-    """Run exact mode, print what it cost beside serial decoding; returns the texts."""
-    x, report = compare_exact(student, teacher, n, seq_len, seed, known)
-    _, alone = compare_exact(None, teacher, n, seq_len, seed, known)
+def verified(student, teacher, n, seq_len, seed, known, ratio, lookahead):
+    """Run exact mode or APD, print what it cost beside serial decoding; returns the texts."""
+    x, report = compare_exact(student, teacher, n, seq_len, seed, known, ratio, lookahead)
     rounds, serial = report["rounds"], (known == teacher.vocab_size).sum().item()
-    print(f"exact mode      {rounds:.2f} rounds per text: {rounds:.2f} student + {rounds:.2f} "
+    name = f"APD, R = {ratio:g}" if ratio else "exact mode"
+    print(f"{name:15} {rounds:.2f} rounds per text: {rounds:.2f} student + {rounds:.2f} "
           f"teacher calls, {report['seconds']:.2f} s for {n} texts")
-    print(f"no student      {alone['rounds']:.2f} rounds per text: {alone['rounds']:.2f} teacher "
-          f"calls, {alone['seconds']:.2f} s")
+    if not ratio:
+        _, alone = compare_exact(None, teacher, n, seq_len, seed, known)
+        print(f"no student      {alone['rounds']:.2f} rounds per text: {alone['rounds']:.2f} "
+              f"teacher calls, {alone['seconds']:.2f} s")
     print(f"serial teacher  {serial} calls per text, {report['serial_seconds']:.2f} s")
     print(f"speed-up        {serial / (2 * rounds):.2f}x in calls of both models, "
           f"{report['serial_seconds'] / report['seconds']:.2f}x in time")
@@ -317,9 +320,11 @@ def evaluate(paths, args, cfg):
         for nfe, tau, temperature in itertools.product(numbers(cfg, "nfe"), taus, temperatures):
             settings = dict(nfe=nfe, tau=tau, temperature=temperature, top_p=cfg.top_p,
                             order=cfg.order)
+            calls = nfe * cfg.seq_len // model.block_size
             rows.append(table.add(
-                lambda: generate(model, n, cfg.seq_len, progress=f"{name}, nfe {nfe}", **settings,
-                                 **common), model=name, weights=weights_id(model), **settings))
+                lambda: generate(model, n, cfg.seq_len, progress=f"{name}, nfe {calls}", **settings,
+                                 **common),
+                model=name, weights=weights_id(model), **{**settings, "nfe": calls}))
     print_table(rows, {**EVAL_COLUMNS, **COLUMNS, "nfe": "d"})
     print(f"\n{table.path} written" + plot(rows, os.path.join(cfg.out_dir, "quality_vs_nfe.png")))
     return rows
@@ -376,6 +381,8 @@ def main():
     parser.add_argument("--ckpt", nargs="+", help="checkpoints (the newest student under out/)")
     parser.add_argument("-n", "--n-samples", type=int, metavar="int",
                         help="texts (4; with --eval 1000)")
+    parser.add_argument("--length", type=int, metavar="int", help="tokens of a text (the model's "
+                        "seq_len); students with --block-size may write longer ones")
     parser.add_argument("--prompt", default="", help="text to begin with; each _ is one token to "
                         "fill in")
     parser.add_argument("--exact", action="store_true", help="the student drafts, the teacher "
@@ -388,7 +395,7 @@ def main():
     parser.add_argument("--featurizer", default="gpt2-large", help="with --eval: whose features "
                         "MAUVE compares, likewise (gpt2-large)")
     add_flags(parser, *FLAGS)
-    parser.set_defaults(nfe="8", batch_size=1000)
+    parser.set_defaults(nfe="8", batch_size=1000, apd=None)
     args = parser.parse_args()
     paths = args.ckpt or [newest_student()]
     model, tokenizer, saved = load_model(paths[0], "cpu")
@@ -406,32 +413,41 @@ def main():
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: give one number without --eval")
     if len(paths) > 1:
         raise UserError("--ckpt: give one checkpoint without --eval")
-    model, seq_len = model.to(cfg.device), cfg.seq_len
+    model, seq_len = model.to(cfg.device), args.length or cfg.seq_len
     known = prompt_ids(args.prompt, tokenizer, seq_len).to(cfg.device)
     print(f"{paths[0]}: {model.name}, step {saved['step']}, {cfg.dataset}")
     settings = dict(tau=numbers(cfg, "tau")[0])
     if saved["kind"] == "student":
         settings.update(nfe=numbers(cfg, "nfe")[0], top_p=cfg.top_p, order=cfg.order,
                         temperature=default_temperatures(model, cfg)[0])
-    if args.exact:
+    if args.exact or args.apd is not None:
+        mode = "--exact" if args.exact else "--apd"
         if saved["kind"] == "teacher":
-            raise UserError(f"{paths[0]}: holds a teacher, --exact needs a student")
+            raise UserError(f"{paths[0]}: holds a teacher, {mode} needs a student")
+        if model.is_block or seq_len != cfg.seq_len:
+            raise UserError(f"{mode}: the student must draft a whole text at once; use one trained "
+                            "without --block-size, and no --length")
         if (numbers(cfg, "tau"), cfg.top_p, numbers(cfg, "temperature") or [0]) != ([1], 1, [0]):
-            raise UserError("--exact goes with --tau 1, --top-p 1 and --temperature 0: it writes "
-                            "the teacher's text for the noise as it is; leave these flags out")
+            raise UserError(f"{mode} goes with --tau 1, --top-p 1 and --temperature 0: it reads "
+                            "the noise as it is; leave these flags out")
         is_open = known == tokenizer.vocab_size
         if (is_open[:-1] & ~is_open[1:]).any():
-            raise UserError(f"--exact with --prompt {args.prompt!r}: the teacher writes from left "
+            raise UserError(f"{mode} with --prompt {args.prompt!r}: the teacher writes from left "
                             "to right, it cannot fill a gap; end the prompt before it")
         teacher = teacher_of(paths[0], saved, args.teacher, tokenizer, cfg)
-        x = exact(model, teacher, n, seq_len, cfg.seed, known)
+        ratio, lookahead = (0.0, None) if args.exact else (cfg.apd, cfg.lookahead)
+        x = verified(model, teacher, n, seq_len, cfg.seed, known, ratio, lookahead)
     else:
-        if args.show_steps and saved["kind"] == "student":
-            steps = []
-            generate(model, 1, seq_len, cfg.seed, known, **settings,
-                     on_step=lambda xt: steps.append(xt[0].cpu()))
-            print_steps(steps, tokenizer, seq_len)
-        x = generate(model, n, seq_len, cfg.seed, known, cfg.batch_size, "texts", **settings)
+        steps = []
+        try:
+            if args.show_steps and saved["kind"] == "student":
+                generate(model, 1, seq_len, cfg.seed, known, **settings,
+                         on_step=lambda xt: steps.append(xt[0].cpu()))
+                print_steps(steps, tokenizer, seq_len)
+            x = generate(model, n, seq_len, cfg.seed, known, cfg.batch_size, "texts", **settings)
+        except ValueError as e:
+            raise UserError(f"--length {seq_len}: {e}; train with --block-size, or give another "
+                            "length") from e
     if args.out:
         with open(args.out, "w") as f:
             for i, row in enumerate(x.tolist()):
@@ -439,7 +455,7 @@ def main():
                                         **settings)) + "\n")
         print(f"{n} texts written to {args.out}")
         return
-    for row in x[:4] if args.exact else x:
+    for row in x[:4] if args.exact or args.apd is not None else x:
         print(show(row.cpu(), cfg.dataset, tokenizer) + "\n")
 
 

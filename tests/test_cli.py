@@ -197,3 +197,33 @@ def test_sample_takes_the_newest_student(cli, tmp_path, monkeypatch):
         assert cli(gd.main, *common, "--out-dir", folder, "--noise", "gumbel", "--nfe", 1)[0] == 0
     os.utime("out/a/student-gumbel.pt")
     assert "out/a/student-gumbel.pt: gumbel" in cli(sample.main)[1]
+
+
+def test_the_ablation_trains_what_is_missing_and_is_a_table_of_means(
+        cli, tmp_path, monkeypatch, capsys):
+    """Three rows of it; what the command prints is what it writes."""
+    monkeypatch.setattr(gd, "ABLATION", [
+        ("MDLM", dict(noise="none"), 2), ("Gumbel Distillation", dict(), 1),
+        ("blocks", dict(noise="none", block_size=5), 1)])
+    call = (gd.main, "--ablate", *TINY, "--out-dir", tmp_path)
+    status, said, err = cli(*call)
+    assert status == 0, err
+    table = json.loads((tmp_path / "ablation.json").read_text())
+    names = [(r["model"], r["map"], r["seeds"], r["nfe"]) for r in table if "APD" not in r["model"]]
+    assert names == [("MDLM", "", 2, 1), ("MDLM", "", 2, 3),
+                     *[("Gumbel Distillation", m, 1, n) for m in ("softmax", "draft")
+                       for n in (1, 3)], ("blocks", "", 1, 2), ("blocks", "", 1, 6)]
+    assert sum("APD" in r["model"] for r in table) == 3
+    seeds = [json.loads((tmp_path / str(i) / "MDLM" / "results.json").read_text()) for i in (0, 1)]
+    losses = [next(r["val_loss"] for r in rows if r["model"] == "mdlm") for rows in seeds]
+    assert table[0]["val_loss"] == pytest.approx(sum(losses) / 2)
+    assert table[0]["val_loss_sd"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+    assert said.count(" done, ") == 5 and "Gumbel Distillation + APD" in said
+    checkpoint = tmp_path / "1" / "MDLM" / "student-none.pt"
+    before = checkpoint.stat().st_mtime_ns
+    (tmp_path / "0" / "blocks" / "student-none.pt").unlink()
+    assert cli(*call)[0] == 0
+    assert json.loads((tmp_path / "ablation.json").read_text()) == table
+    assert checkpoint.stat().st_mtime_ns == before
+    log = (tmp_path / "0" / "blocks" / "log.txt").read_text()
+    assert "bd3lm: device cpu" in log and "finished, reused" not in log

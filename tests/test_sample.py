@@ -9,7 +9,7 @@ import torch
 
 import gumbel_distill as gd
 import sample
-import text
+import text as text_module
 
 V, T = 7, 6
 
@@ -75,7 +75,7 @@ def direct_nll(model, ids):
 
 
 def test_generative_perplexity_equals_a_direct_computation(gpt2_folder):
-    model, words = text.load_transformers(str(gpt2_folder), "--judge", "")
+    model, words = text_module.load_transformers(str(gpt2_folder), "--judge", "")
     texts = ["The cat sat.", "To be, or not<|endoftext|>to be."]
     total, count = 0.0, 0
     for text in texts:
@@ -89,7 +89,7 @@ def test_generative_perplexity_equals_a_direct_computation(gpt2_folder):
 
 
 def test_long_text_is_judged_in_windows_each_token_once(gpt2_folder):
-    model, words = text.load_transformers(str(gpt2_folder), "--judge", "")
+    model, words = text_module.load_transformers(str(gpt2_folder), "--judge", "")
     text = " ".join(f"word{i}" for i in range(20))
     ids = torch.tensor(words.encode(text))
     assert len(ids) >= 40                                       # the model reads 16
@@ -227,3 +227,53 @@ def test_the_teacher_writes_too(maze_run, cli):
     folder, rows = maze_run
     status, said, _ = cli(sample.main, "--ckpt", folder / "teacher.pt", "-n", 2)
     assert status == 0 and said.count("o") >= 22
+
+
+@pytest.fixture(scope="module")
+def block_run(tmp_path_factory):
+    """Blocks of two tokens, hardly trained."""
+    folder = tmp_path_factory.mktemp("blocks")
+    gd.run(gd.Config(max_steps=4, eval_every=4, n_samples=20, nfe="1", n_layer=1, n_embd=8,
+                     block_size=2, noise="gumbel", out_dir=str(folder)))
+    return folder / "student-gumbel.pt"
+
+
+def test_students_in_blocks_write_texts_of_other_lengths(block_run, cli, tmp_path):
+    out = tmp_path / "texts.jsonl"
+    for length in (4, 26):
+        status, _, err = cli(sample.main, "--ckpt", block_run, "--length", length, "--nfe", 2,
+                             "-n", 3, "--prompt", "b1 _ c1", "--out", out)
+        assert status == 0, err
+        rows = [json.loads(line)["ids"] for line in out.read_text().splitlines()]
+        assert [len(row) for row in rows] == [length] * 3
+        assert all((row[0], row[2]) == (1, 2) for row in rows)
+    status, _, err = cli(sample.main, "--ckpt", block_run, "--length", 15)
+    assert status == 1 and "--length 15: a text of 15 tokens cannot be written in blocks" in err
+
+
+def test_calls_of_all_blocks_are_counted(block_run, cli, tmp_path):
+    status, said, err = cli(sample.main, "--ckpt", block_run, "--eval", "--judge", "teacher",
+                            "--featurizer", "teacher", "-n", 50, "--nfe", "1,2", "--out-dir",
+                            tmp_path)
+    assert status == 0, err
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [r["nfe"] for r in rows[2:]] == [5, 10]
+
+
+def test_apd_reports_its_rounds_and_whole_students_only_draft(maze_run, block_run, cli):
+    folder, _ = maze_run
+    for ratio in (0.5, 0):
+        status, said, err = cli(sample.main, "--ckpt", folder / "student-none.pt", "--apd", ratio,
+                                "--lookahead", 4, "-n", 50)
+        assert status == 0 and "serial teacher  10 calls" in said, err
+    assert "exact mode" in said and "50 of 50" in said          # R = 0
+    status, said, _ = cli(sample.main, "--ckpt", folder / "student-none.pt", "--apd", 1,
+                          "--lookahead", 4, "-n", 50)
+    assert "APD, R = 1      3.00 rounds" in said
+    for mode in (["--exact"], ["--apd", 0.5]):
+        status, _, err = cli(sample.main, "--ckpt", block_run, *mode)
+        assert status == 1 and f"{mode[0]}: the student must draft a whole text at once" in err
+    status, _, err = cli(sample.main, "--ckpt", folder / "student-none.pt", "--apd", 2)
+    assert status == 1 and "--apd 2.0: must lie between 0 and 1" in err
+    status, _, err = cli(sample.main, "--ckpt", folder / "student-none.pt", "--length", 20)
+    assert status == 1 and "--length 20: a text of 20 tokens cannot be written" in err
