@@ -590,7 +590,10 @@ def sample_exponential(shape, generator, dtype=torch.float32):
 
 
 def sample_gumbel(shape, generator, dtype=torch.float32):
-    """iid Gumbel(0,1) noise, xi = -log E with E ~ Exp(1), on the generator's device."""
+    """iid Gumbel(0,1) noise, xi = -log E with E ~ Exp(1), on the generator's device.
+
+    Gumbel-Max: argmax(logp + xi) is a draw from p. Given xi the token is determined.
+    """
     return -sample_exponential(shape, generator, dtype).log()
 
 
@@ -618,9 +621,9 @@ def posterior_gumbel(logp, x0, generator):
 
 @torch.no_grad()
 def serial_extraction(teacher, xi, xt=None):
-    """Sample the teacher token by token with recorded noise: x_i = argmax(logp_i + xi_i).
+    """Serial extraction: sample the teacher with recorded noise, x_i = argmax(logp_i + xi_i).
 
-    This is also the teacher's sampler: fresh xi gives an exact sample, tau * xi one at temperature
+    Token by token, T passes. This is also the teacher's sampler: fresh xi gives an exact sample, tau * xi one at temperature
     tau. KV-cached; float32 at least.
 
     Args:    xi (B, T, V) Gumbel noise;  xt (B, T) long, known tokens kept, mask_id = V elsewhere
@@ -661,7 +664,7 @@ def change_noise(xi, noise):
 
 
 class NoiseEmbedding(nn.Module):
-    """Noise of single positions (M, V) -> embeddings (M, C): a bias-free linear map of
+    """Noise injection: noise of single positions (M, V) -> embeddings (M, C), a linear map of
 
     softmax  softmax(xi): the paper's map; squashes the long tail, keeps the ranks
     raw      xi, standardised
@@ -795,14 +798,14 @@ def q_sample(x0, t, mask_id, generator):
 def block_losses(student, teacher, x0, t, key, recorded=None, loss="ce"):
     """- E [ 1/t sum over masked i of log p_theta(x0_i | xt, xi) ] / L' of each block of L' tokens.
 
-    In nats per token. Without noise its mean is MDLM's or, in blocks, BD3-LM's bound on the
-    negative log-likelihood (NELBO). With posterior noise it is a conditional loss, no likelihood:
-    that noise knows x0. Everything V-wide (teacher, noise, output head, cross-entropy) is computed
+    In nats per token. Without noise its mean is the MDLM objective or, in blocks, the BD3-LM
+    objective, a bound on the negative log-likelihood (NELBO). With posterior noise it is a
+    conditional loss, no likelihood: that noise knows x0. Everything V-wide (teacher, noise, output head, cross-entropy) is computed
     at masked positions only, and in chunks.
 
     Args: x0 (B, T) long;  t (B, T/L') in (0, 1];  key: a tuple that names the draws, see rng
           recorded: function of a slice of the batch, its recorded noise (b, T, V); None: posterior
-          loss: "kd": with the teacher's p(. | x0[:i]) in place of x0_i (token-level distillation)
+          loss: "kd" is token-level KD: the teacher's p(. | x0[:i]) takes the place of x0_i
     Returns: (B, T/L')
     """
     V, device = student.vocab_size, x0.device
@@ -1040,7 +1043,7 @@ def generate(model, n, seq_len, seed=0, known=None, batch_size=1000, progress=No
 
 
 # -----------------------------------------------------------------------------
-# 9. Evaluation: validation loss, spread, agreement with the teacher
+# 9. Evaluation: validation loss, spread, agreement; generative perplexity and MAUVE: sample.py
 
 @torch.no_grad()
 def validation_loss(model, teacher, data, cfg):
@@ -1513,9 +1516,10 @@ def get_teacher(cfg, data):
 
 
 def teacher_data(teacher, data, cfg):
-    """Serial extraction of a training set: the teacher's own texts, as Data.
+    """A training set of the teacher's own texts, as Data, by serial extraction.
 
-    Text i is what sequence_noise((seed, "labels"), i) makes of the teacher: only a seed is kept.
+    Learned with their noise (--labels teacher --noise gumbel) it is the paper's serial variant,
+    without (--noise none) sequence-level KD. Text i is what sequence_noise((seed, "labels"), i) makes of the teacher: only a seed is kept.
     """
     n, texts = min(len(data.train) // cfg.seq_len, cfg.max_steps * cfg.batch_size), []
     batches = sampling_batches(n, cfg.seq_len, teacher.vocab_size)

@@ -88,3 +88,22 @@ def test_the_scripts_name_only_commands_that_parse(script, cli):
     for command in re.findall(r"    python (\w+\.py)([^#\n]*)", (ROOT / script).read_text()):
         status, said, err = cli(SCRIPTS[command[0]], *shlex.split(command[1]), "--help")
         assert status == 0 and "--seed" in said, err
+
+
+# The reading path: a named item of the paper, and the docstring that explains it.
+ITEMS = [
+    ("Gumbel-Max", "sample_gumbel"), ("Serial extraction", "serial_extraction"),
+    ("parallel extraction (Theorem 4.1)", "posterior_gumbel"),
+    ("Noise injection", "NoiseEmbedding"), ("MDLM objective", "block_losses"),
+    ("BD3-LM\n    objective", "block_losses"), ("Forward process", "q_sample"),
+    ("token-level KD", "block_losses"), ("sequence-level KD", "teacher_data"),
+    ("adaptive parallel decoding (APD)", "draft_and_verify"), ("exact mode", "draft_and_verify"),
+    ("clipped schedule", "clipped_schedule"), ("ancestral", "sample"), ("BD3-LM", "Student"),
+    ("gaussian", "change_noise"), ("entropy", "token_entropy"),
+    ("agree_token", "compare_with_teacher"), ("NELBO", "validation_loss"),
+]
+
+
+@pytest.mark.parametrize("item, name", ITEMS)
+def test_a_named_item_of_the_paper_is_found_where_it_is_computed(item, name):
+    assert item in getattr(gd, name).__doc__

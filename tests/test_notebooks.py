@@ -1,0 +1,125 @@
+"""The notebooks run, and tell right from wrong.   python -m pytest tests/test_notebooks.py"""
+
+import ast
+import re
+import textwrap
+
+import pytest
+
+import gumbel_distill as gd
+from conftest import ROOT
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+# Of each exercise: a right answer, a wrong one.
+ANSWERS = {
+    "01_gumbel_max": [
+        ("lambda logp, xi: (2 * logp + xi).argmax(-1)",
+         "lambda logp, xi: (logp + 2 * xi).argmax(-1)"),
+        ("(logp + xi).amax(-1).mean().item()", "0.0"),
+        ("set()", "{'argmax'}")],
+    "02_why_parallel_decoding_breaks": [
+        ("0.5", "1.0"),
+        ("true_p[torch.arange(10), paths].prod(-1).sum().item()", "true_p[0].sum().item()"),
+        ("1 - 1 / 51", "0.5")],
+    "03_gumbel_distillation": [
+        ("False", "True"), ("4", "5"),
+        ("lambda tau: len(gd.generate(gumbel, 1000, 10, nfe=1, tau=tau).unique(dim=0))",
+         "lambda tau: 51")],
+    "04_text": [("256", "4"), ("'the AR likelihood'", "'nothing'"), ("'second'", "'first'")],
+}
+
+
+def code_cells(path):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def printed(cell):
+    return "".join(o.text for o in cell.outputs if o.output_type == "stream")
+
+
+def test_there_are_answers_for_every_notebook():
+    assert [p.stem for p in NOTEBOOKS] == list(ANSWERS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_runs_and_its_checks_tell_right_from_wrong(path, tmp_path, monkeypatch):
+    """At a small size; every exercise answered rightly, then wrongly, after it had no answer."""
+    monkeypatch.setenv("GD_SMALL", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    book = nbformat.read(path, as_version=4)
+    cells, n_checks = [], 0
+    for cell in book.cells:
+        cells.append(cell)
+        call = re.search(r"^check\(answer_(\d)", cell.source, re.M)
+        if cell.cell_type == "code" and call:
+            right, wrong = ANSWERS[path.stem][int(call[1]) - 1]
+            n_checks += 1
+            for answer in (right, wrong):
+                cells.append(nbformat.v4.new_code_cell(
+                    f"answer_{call[1]} = {answer}\ntry:\n" + textwrap.indent(cell.source, "    ")
+                    + "\nexcept AssertionError as e:\n    print('refused:', e)"))
+    assert n_checks == len(ANSWERS[path.stem])
+    book.cells = cells
+    nbclient.NotebookClient(book, timeout=300, kernel_name="python3",
+                            resources={"metadata": {"path": str(path.parent)}}).execute()
+    said = [printed(c) for c in book.cells if c.cell_type == "code"]
+    verdicts = [s for s in said if re.match(r"no answer|right!|refused: \S", s)]
+    expected = ["no answer", "right!", "refused: "] * n_checks
+    assert len(verdicts) == len(expected), verdicts
+    assert all(s.startswith(e) for s, e in zip(verdicts, expected)), verdicts
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_short_cells_with_stored_outputs_and_redefines_nothing(path):
+    book = nbformat.read(path, as_version=4)
+    for word in ("**Goal.**", "**In the paper.**", "**In the code.**", "**Time.**"):
+        assert word in book.cells[0].source
+    own = {node.name for node in ast.parse((ROOT / "gumbel_distill.py").read_text()).body
+           if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for name in re.findall(r"`(\w+)`", book.cells[0].source.split("**Time.**")[0]):
+        assert name in own or name == "block_size", name
+    cells = code_cells(path)
+    for cell in cells:
+        assert len(cell.source.splitlines()) <= 15 and cell.execution_count
+        assert not own & set(re.findall(r"^(?:def|class) (\w+)", cell.source, re.M))
+        assert not [o for o in cell.outputs if o.output_type == "error"]
+    pictures = [o for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) >= 3
+
+
+def test_the_pictures_of_the_readme_are_drawn_by_one_command(cli, maze_run, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    import classroom
+    folder, _ = maze_run
+    monkeypatch.setattr(classroom, "ROOT", folder)
+    (folder / "notebooks" / "figures").mkdir(parents=True)
+    status, said, err = cli(classroom.main, "--run", folder)
+    picture = folder / "notebooks" / "figures" / "hero.png"
+    assert status == 0 and str(picture) in said and picture.stat().st_size > 10_000, err
+    status, said, err = cli(classroom.main, "--log", folder)
+    assert status == 0 and (folder / "log.png").stat().st_size > 10_000, err
+    for flag in ("--run", "--log"):
+        status, _, err = cli(classroom.main, flag, folder / "missing")
+        assert status == 1 and "missing" in err and "python gumbel_distill.py" in err
+    picture.unlink()
+    (folder / "log.png").unlink()
+    (folder / "notebooks" / "figures").rmdir()
+    (folder / "notebooks").rmdir()
+
+
+def test_forbidden_moves_are_told_from_allowed_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    import classroom
+    axis = classroom.plt.figure().add_subplot()
+    path = gd.maze_paths()[7]
+
+    def colours(path):
+        axis.clear()
+        classroom.draw(path, axis)
+        return [line.get_color() for line in axis.lines if line.get_color() != "black"]
+    assert colours(path) == [classroom.BLUE] * 10
+    assert colours([path[0], *path[2:], path[1]]).count(classroom.RED) >= 2
+    assert colours([gd.MAZE_SIZE**2] * 10) == []
