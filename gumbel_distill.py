@@ -623,8 +623,8 @@ def posterior_gumbel(logp, x0, generator):
 def serial_extraction(teacher, xi, xt=None):
     """Serial extraction: sample the teacher with recorded noise, x_i = argmax(logp_i + xi_i).
 
-    Token by token, T passes. This is also the teacher's sampler: fresh xi gives an exact sample, tau * xi one at temperature
-    tau. KV-cached; float32 at least.
+    Token by token, T passes, KV-cached. This is also the teacher's sampler: fresh xi gives an exact
+    sample, tau * xi one at temperature tau.
 
     Args:    xi (B, T, V) Gumbel noise;  xt (B, T) long, known tokens kept, mask_id = V elsewhere
     Returns: x0 (B, T) long, and gap (B, T), how far the winner's logp + xi lies above the second's
@@ -800,8 +800,8 @@ def block_losses(student, teacher, x0, t, key, recorded=None, loss="ce"):
 
     In nats per token. Without noise its mean is the MDLM objective or, in blocks, the BD3-LM
     objective, a bound on the negative log-likelihood (NELBO). With posterior noise it is a
-    conditional loss, no likelihood: that noise knows x0. Everything V-wide (teacher, noise, output head, cross-entropy) is computed
-    at masked positions only, and in chunks.
+    conditional loss, no likelihood: that noise knows x0. Everything V-wide (teacher, noise, output
+    head, cross-entropy) is computed at masked positions only, and in chunks.
 
     Args: x0 (B, T) long;  t (B, T/L') in (0, 1];  key: a tuple that names the draws, see rng
           recorded: function of a slice of the batch, its recorded noise (b, T, V); None: posterior
@@ -1159,11 +1159,10 @@ def evaluate(teacher, students, data, cfg):
             x = generate(student, n, seq_len, cfg.seed, nfe=nfe, **settings)
             add(student.name, nfe * seq_len // student.block_size, x, start,
                 temperature == 0 and tau == 1, **settings, **val)
-    whole = [s for s in students if not s.is_block]
-    noisy = [s for s in whole if s.noise != "none"]
+    whole = [s for s in students if not s.is_block]             # those that can draft a whole text
     for name, student, ratio, lookahead in (
             [("apd", s, cfg.apd, cfg.lookahead) for s in whole]
-            + [("exact", s, 0.0, None) for s in noisy + [None]]):
+            + [("exact", s, 0.0, None) for s in whole + [None]]):
         start = time.perf_counter()
         x, report = compare_exact(student, teacher, n, seq_len, cfg.seed, None, ratio, lookahead)
         calls = report["rounds"] * (2 if student else 1)        # of student and teacher together
@@ -1519,7 +1518,8 @@ def teacher_data(teacher, data, cfg):
     """A training set of the teacher's own texts, as Data, by serial extraction.
 
     Learned with their noise (--labels teacher --noise gumbel) it is the paper's serial variant,
-    without (--noise none) sequence-level KD. Text i is what sequence_noise((seed, "labels"), i) makes of the teacher: only a seed is kept.
+    without (--noise none) sequence-level KD. Text i is what sequence_noise((seed, "labels"), i)
+    makes of the teacher: only a seed is kept.
     """
     n, texts = min(len(data.train) // cfg.seq_len, cfg.max_steps * cfg.batch_size), []
     batches = sampling_batches(n, cfg.seq_len, teacher.vocab_size)

@@ -154,12 +154,12 @@ def measure(side, args):
     return result
 
 
-def sampler(device):
-    """1,024 tokens in blocks of 16, 4 steps each, with and without the KV cache; in float64 first,
+def sampler(device, length=1024, n_layer=6, n_embd=384):
+    """A text in blocks of 16 tokens, 4 steps each, with and without the KV cache; in float64 first,
     where both texts must be equal."""
     torch.manual_seed(0)
-    cfg = gd.Config(seq_len=1024, block_size=16, n_layer=6, n_head=6, n_embd=384, dropout=0.0,
-                    noise="gumbel", noise_map="draft")
+    cfg = gd.Config(seq_len=length, block_size=16, n_layer=n_layer, n_head=6, n_embd=n_embd,
+                    dropout=0.0, noise="gumbel", noise_map="draft")
     student = gd.Student(cfg, 1024).to(device).eval().double()
     for dtype in (torch.float64, torch.float32):
         student, texts, seconds = student.to(dtype), {}, {}

@@ -123,6 +123,12 @@ def test_the_cached_sampler_equals_the_uncached_one(noise, noise_map, length, or
     assert (both[0][:10, 1] == 3).all() and (both[0][5:, 4] == 5).all()
 
 
+def test_the_benchmark_of_the_cache_finds_equal_texts(capsys):
+    import bench
+    bench.sampler("cpu", 64, 1, 24)
+    assert "cached " in capsys.readouterr().out
+
+
 def test_a_long_text_reads_at_most_seq_len_tokens_and_at_least_half_of_it():
     student = block_student("none", seq_len=8)
     seen = []

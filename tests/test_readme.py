@@ -6,6 +6,7 @@ import shlex
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import gumbel_distill as gd
 import sample
@@ -26,14 +27,15 @@ def test_everything_the_readme_names_exists():
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(test_\w+)`", README):
         assert f"def {name}(" in tests, name
-    rows = README[README.index("## The paper and the code"):README.index("**Exact mode.**")]
+    rows = README[README.index("## The paper and the code"):README.index("**The drafts.**")]
     for row in re.findall(r"^\|(.*)\|$", rows, re.M)[2:]:
         for name in re.findall(r"`(\w+)`", row.split("|")[1]):
             assert re.search(rf"^(def|class) {name}\b", code, re.M), name
     for name in re.findall(r"\]\((?!http)([\w./-]+)\)", README):
         assert (ROOT / name).exists(), name
     flags = {gd.flag(name) for name in gd.Config.__dataclass_fields__}
-    flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "sample.py").read_text()))
+    for script in ("sample.py", "notebooks/classroom.py", "tests/bench.py"):
+        flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text()))
     flags |= {"--help", "--standalone", "--nproc_per_node"}
     own = re.sub(r"pip install.*", "", README)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", own)) <= flags
@@ -52,7 +54,23 @@ def run_commands(commands, cli):
         assert status == 0, (command, err)
 
 
+def test_the_ten_lines_of_the_readme_are_the_loss_and_the_sampler(tiny, monkeypatch):
+    _, teacher, student = tiny
+    names = dict(vars(gd), T=6, V=7, teacher=teacher.float(), student=student.float(),
+                 x0=torch.randint(7, (4, 6), generator=gd.rng(1)), t=torch.full((4, 1), 0.7))
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    assert len([line for line in code.splitlines() if not line.startswith("#")]) == 10
+    exec(code.replace("xi = sample_gumbel", "posterior = xi; xi = sample_gumbel"), names)
+    monkeypatch.setattr(gd, "q_sample", lambda *_: names["xt"])
+    loss = gd.student_loss(student, None, names["x0"], names["t"], (0,),
+                           names["posterior"].__getitem__)
+    assert names["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    u = torch.zeros(1, 2, 6, dtype=torch.float64)
+    assert names["text"].equal(gd.sample(student, names["xi"][None], u, 1)[0])
+
+
 def test_every_command_of_the_readme_runs(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(gd, "ABLATION", gd.ABLATION[:1])
     monkeypatch.chdir(tmp_path)
     for name in ("input.txt", "tinyshakespeare.txt"):
         (tmp_path / name).write_text("to be or not to be, that is the question.\n" * 40)

@@ -59,11 +59,12 @@ def interrupt_after(monkeypatch, n_steps):
     monkeypatch.setattr(gd, "learning_rate", counted)
 
 
-@pytest.mark.parametrize("labels", ["data", "teacher", "mixture"])
+@pytest.mark.parametrize("more", [{}, dict(labels="teacher"), dict(labels="mixture"),
+                                  dict(block_size=4, clip=True)])
 @pytest.mark.parametrize("stop_at", [3, 13])
-def test_resumed_equals_uninterrupted_bit_for_bit(stop_at, labels, tmp_path, monkeypatch):
-    whole = trained(config(tmp_path, labels=labels))
-    cut = config(tmp_path, labels=labels, out_dir=str(tmp_path / "cut"))
+def test_resumed_equals_uninterrupted_bit_for_bit(stop_at, more, tmp_path, monkeypatch):
+    whole = trained(config(tmp_path, **more))
+    cut = config(tmp_path, **more, out_dir=str(tmp_path / "cut"))
     interrupt_after(monkeypatch, stop_at)
     with pytest.raises(gd.UserError, match="stopped at step .*--resume") as stopped:
         trained(cut)
@@ -80,6 +81,23 @@ def test_another_seed_gives_another_model(tmp_path):
     a = trained(config(tmp_path))[0]
     b = trained(config(tmp_path, seed=1, out_dir=str(tmp_path / "other")))[0]
     assert not all(a["model"][k].equal(b["model"][k]) for k in a["model"])
+
+
+@pytest.mark.parametrize("labels", ["teacher", "mixture"])
+def test_labels_of_the_teacher_are_its_texts_with_their_noise(labels, tmp_path, monkeypatch):
+    """The noise handed to the loss makes the teacher write the very texts it comes with."""
+    real, is_recorded = gd.student_loss, []
+
+    def spy(student, teacher, x0, t, key, recorded=None, *rest):
+        if key[1] == "loss":
+            is_recorded.append(recorded is not None)
+            if recorded is not None:
+                xi = torch.cat([recorded(slice(0, 3)), recorded(slice(3, 8))])
+                assert gd.serial_extraction(teacher, xi)[0].equal(x0)
+        return real(student, teacher, x0, t, key, recorded, *rest)
+    monkeypatch.setattr(gd, "student_loss", spy)
+    trained(config(tmp_path, labels=labels, max_steps=4))
+    assert is_recorded == [labels == "teacher" or step % 2 == 1 for step in range(4)]
 
 
 def test_pieces_of_a_batch_add_up_to_its_gradient(tmp_path):
@@ -114,15 +132,15 @@ gd.train_student(cfg, gd.get_teacher(cfg, data), data)
 """
 
 
-@pytest.mark.parametrize("noise", ["none", "gumbel"])
-def test_two_processes_take_the_steps_of_one(noise, tmp_path):
+@pytest.mark.parametrize("noise, more", [("none", dict(block_size=4, clip=True)), ("gumbel", {})])
+def test_two_processes_take_the_steps_of_one(noise, more, tmp_path):
     """Same global batch, same draws, in float64: parameters equal to 1e-9 after eight steps."""
     script, states = tmp_path / "distributed.py", []
     script.write_text(DISTRIBUTED)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launcher, grad_accum in (("one", [], 4), ("two", torchrun, 4)):
         cfg = config(tmp_path, noise=noise, dropout=0.0, grad_accum=grad_accum,
-                     noise_map="draft", device="cpu", out_dir=str(tmp_path / name))
+                     noise_map="draft", device="cpu", out_dir=str(tmp_path / name), **more)
         done = subprocess.run(
             [sys.executable, *launcher, str(script), json.dumps(dataclasses.asdict(cfg)),
              str(tmp_path / "data")], cwd=tmp_path, capture_output=True, text=True, timeout=300,
