@@ -502,7 +502,7 @@ class Transformer(nn.Module):
                attention
         pos:   (T,) long, positions; by default they go on from where the cache ends
         cache: KVCache of the positions before x
-        change: function of the hidden states that changes them, at each quarter of the blocks
+        change: function of the hidden states that changes them, at each quarter of the layers
         """
         T, start = x.size(1), cache.start if cache else 0
         if pos is None:
@@ -670,7 +670,7 @@ class NoiseEmbedding(nn.Module):
     raw      xi, standardised
     learned  softmax(s (xi + b)) with a learned s (at first 1) and b per token (at first its log
              frequency): starts near the paper's map and learns which tokens' noise matters
-    draft    softmax(s (xi + logp)) with the student's own logp, read off between its blocks: the
+    draft    softmax(s (xi + logp)) with the student's own logp, read off between its layers: the
              token that it would draw as things stand. The linear map is that of the tokens
     """
     MEAN_STD = {"gumbel": (0.5772156649, math.pi / 6**0.5), "gaussian": (0.0, 1.0),
@@ -737,8 +737,8 @@ class Student(nn.Module):
         """Hidden states (B, T, C) of xt (B, T), ready for net.logits.
 
         The paper injects the noise once, below the first block. The map "draft" does so at each
-        quarter of the blocks: logp + xi is then what MDLM would draw by Gumbel-Max from what is
-        known so far, a token for each position without regard to the others; the blocks above see
+        quarter of the layers: logp + xi is then what MDLM would draw by Gumbel-Max from what is
+        known so far, a token for each position without regard to the others; the layers above see
         these drafts and make them agree.
 
         embed_noise: function of hidden states (B, T, C), the noise embeddings (M, C) of the masked

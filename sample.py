@@ -28,8 +28,9 @@ from tqdm import tqdm
 from gumbel_distill import (COLUMNS, Config, Teacher, Tokenizer, UserError, add_flags,
                             compare_exact, compare_with_teacher, default_temperatures, flag,
                             generate, load_checkpoint, load_data, load_student, load_teacher,
-                            load_weights, numbers, print_table, resolve, run_cli, sampling_batches,
-                            show, token_entropy, weights_id)
+                            load_weights, numbers, print_table, resolve, rng, run_cli,
+                            sampling_batches, show, stratified_time, student_loss, token_entropy,
+                            weights_id)
 from text import load_transformers
 
 FLAGS = ("teacher nfe tau temperature top_p order apd lookahead seed device batch_size train_files "
@@ -211,6 +212,25 @@ def mauve(p, q, seeds=range(25, 30)):
     return float(np.mean(scores)), float(np.std(scores, ddof=1))
 
 
+@torch.no_grad()
+def nelbo(student, x0, n_draws=20):
+    """MDLM's or BD3-LM's bound on -log p of texts x0 (N, T), nats per token, for noise none.
+
+    Returns: its mean over n_draws of times and masks, and the standard error of that. In blocks of
+    one token it is -log p itself, at t = 1 and without any error.
+    """
+    n, means = x0.size(1) // student.block_size, []
+    for draw in range(n_draws):
+        g = rng("nelbo", draw)
+        strata = torch.randperm(len(x0) * n, generator=g).view(len(x0), n)
+        t = stratified_time(strata, len(x0) * n, torch.rand(len(x0), n, generator=g))
+        t = torch.ones_like(t) if student.block_size == 1 else t
+        parts = zip(x0.split(256), t.to(x0.device).split(256))
+        means.append(sum(student_loss(student, None, rows, times, ("nelbo", draw, i)).item()
+                         * len(rows) for i, (rows, times) in enumerate(parts)) / len(x0))
+    return float(np.mean(means)), float(np.std(means, ddof=1) / n_draws**0.5)
+
+
 def distinct_n(x, n):
     """Share of different n-grams among all of token ids x (N, T)."""
     grams = x.unfold(1, n, 1).reshape(-1, n)
@@ -221,8 +241,8 @@ def distinct_n(x, n):
 # Evaluation: one row for each checkpoint and setting
 
 EVAL_COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "gen_ppl": ".2f",
-                "mauve": ".3f", "mauve_sd": ".3f", "distinct_1": ".3f", "distinct_2": ".3f",
-                "samples_s": ".1f"}
+                "mauve": ".3f", "mauve_sd": ".3f", "nelbo": ".4f", "nelbo_se": ".4f",
+                "distinct_1": ".3f", "distinct_2": ".3f", "samples_s": ".1f"}
 
 
 class Evaluation:
@@ -244,7 +264,7 @@ class Evaluation:
         self.references, self.others = rows[:self.n], rows[self.n:2 * self.n]
         self.reference_features = self.features(self.references)
         os.makedirs(cfg.out_dir, exist_ok=True)
-        self.rows = {}
+        self.rows, self.bounds = {}, {}
         if os.path.exists(self.path):
             with open(self.path) as f:
                 self.rows = {row["key"]: row for row in json.load(f)}
@@ -257,7 +277,7 @@ class Evaluation:
             return teacher_features(x, self.teacher)
         return text_features(self.decode(x), self.args.featurizer, self.cfg.seq_len)
 
-    def add(self, make, **about):
+    def add(self, make, student=None, **about):
         """The row of texts make(), computed unless it is there from an earlier call."""
         args = self.args
         key = hashlib.sha1(repr((sorted(about.items(), key=str), args.n_samples, self.cfg.seed,
@@ -279,6 +299,10 @@ class Evaluation:
                                                   self.reference_features)
         except ValueError as e:
             print(f"warning: no MAUVE for {about}: {e}", file=sys.stderr)
+        if student and student.noise == "none":
+            if about["weights"] not in self.bounds:
+                self.bounds[about["weights"]] = nelbo(student, self.references)
+            row["nelbo"], row["nelbo_se"] = self.bounds[about["weights"]]
         if about.get("temperature") == 0 and about.get("tau") == 1:
             teacher_text = generate(self.teacher, len(x), self.cfg.seq_len, self.cfg.seed,
                                     batch_size=self.cfg.batch_size)
@@ -324,7 +348,7 @@ def evaluate(paths, args, cfg):
             rows.append(table.add(
                 lambda: generate(model, n, cfg.seq_len, progress=f"{name}, nfe {calls}", **settings,
                                  **common),
-                model=name, weights=weights_id(model), **{**settings, "nfe": calls}))
+                model, model=name, weights=weights_id(model), **{**settings, "nfe": calls}))
     print_table(rows, {**EVAL_COLUMNS, **COLUMNS, "nfe": "d"})
     print(f"\n{table.path} written" + plot(rows, os.path.join(cfg.out_dir, "quality_vs_nfe.png")))
     return rows

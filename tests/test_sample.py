@@ -10,6 +10,7 @@ import torch
 import gumbel_distill as gd
 import sample
 import text as text_module
+from conftest import tiny_config
 
 V, T = 7, 6
 
@@ -157,6 +158,7 @@ def test_the_table_compares_students_and_is_resumed(maze_run, cli, tmp_path, mon
     assert by["gumbel", 3]["gen_ppl"] < by["mdlm", 3]["gen_ppl"]
     assert by["gumbel", 3]["mauve"] > by["mdlm", 3]["mauve"]
     assert by["teacher", 10]["gen_ppl"] < by["gumbel", 1]["gen_ppl"]
+    assert "nelbo" in by["mdlm", 1] and "nelbo" not in by["gumbel", 1]
     assert "agree_token" in by["gumbel", 1] and "agree_token" not in by["mdlm", 1]
     assert all(r["samples_s"] > 0 and 0 < r["distinct_2"] <= 1 for r in rows[1:])
     assert (tmp_path / "quality_vs_nfe.png").stat().st_size > 5000
@@ -277,3 +279,20 @@ def test_apd_reports_its_rounds_and_whole_students_only_draft(maze_run, block_ru
     assert status == 1 and "--apd 2.0: must lie between 0 and 1" in err
     status, _, err = cli(sample.main, "--ckpt", folder / "student-none.pt", "--length", 20)
     assert status == 1 and "--length 20: a text of 20 tokens cannot be written" in err
+
+
+@pytest.mark.parametrize("block_size", [6, 2, 1])
+def test_the_bound_is_the_mean_over_times_and_masks(block_size):
+    """For a student that knows nothing it is ln V; for single tokens the AR likelihood."""
+    torch.manual_seed(0)
+    student = gd.Student(tiny_config(noise="none", block_size=block_size), V).eval()
+    x0 = torch.randint(V, (300, T), generator=gd.rng(1))
+    if block_size == 1:
+        mean, error = sample.nelbo(student, x0)
+        ones = torch.ones(300, T)
+        assert mean == pytest.approx(gd.student_loss(student, None, x0, ones, (0,)).item())
+        assert error < 1e-7
+        return
+    torch.nn.init.zeros_(student.net.head.weight)
+    mean, error = sample.nelbo(student, x0, 50)
+    assert abs(mean - np.log(V)) < 4 * error < 0.2
