@@ -118,15 +118,16 @@ def curve(axis, rows, column, label):
 def hero(folder, path):
     """The README's picture: paths written in one call, and quality against the number of calls."""
     rows = json.loads((folder / "results.json").read_text())
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.1), layout="constrained",
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.3), layout="constrained",
                                 width_ratios=(1, 1, 1.25, 1.25))
+    figure.get_layout_engine().set(h_pad=0.1)
     for axis, noise, title in ((axes[0], "none", "MDLM, one call"),
                                (axes[1], "gumbel", "with Gumbel noise, one call")):
         saved = gd.load_checkpoint(str(folder / f"student-{noise}.pt"), "student")
         student, _ = gd.load_student(saved, "cpu")
         draw(gd.generate(student, 1, 10, nfe=1, temperature=float(noise == "none"))[0], axis, title)
     curve(axes[2], rows, "valid", "share of valid paths")
-    curve(axes[3], rows, "tv", "distance from the true distribution")
+    curve(axes[3], rows, "tv", "total variation to the truth")
     for axis in axes[2:]:
         axis.set_ylim(0, 1.03)
     axes[2].legend(fontsize=8, loc="lower right")
