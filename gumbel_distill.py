@@ -36,13 +36,11 @@ import json
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -134,7 +132,7 @@ class Config:
     compile: str = option("auto", "torch.compile the Transformer blocks; auto: on a GPU",
                           ["auto", "on", "off"])
     resume: bool = option(False, "go on with an interrupted run")
-    ablate: bool = option(False, "train and print the ablation table, see ABLATION")
+    ablate: bool = option(False, "train and print the table of ablation.py")
     out_dir: str = option(None, "folder of this run (out/<dataset>; of sample.py out/eval)")
 
 
@@ -1580,88 +1578,6 @@ def run(cfg):
     return rows
 
 
-# The rows of --ablate: name, what differs from Gumbel Distillation, number of seeds. Noise that
-# comes in by a map is shown with the paper's and with the default one.
-ABLATION = [
-    ("MDLM", dict(noise="none"), 3),
-    ("token-level KD", dict(noise="none", loss="kd"), 3),
-    ("sequence-level KD", dict(noise="none", labels="teacher"), 3),
-    ("Gumbel Distillation", dict(), 3),
-    ("serial extraction", dict(labels="teacher"), 1),
-    ("gaussian noise", dict(noise="gaussian"), 1),
-    ("uniform noise", dict(noise="uniform"), 1),
-    ("noise independent of the text", dict(noise="independent"), 1),
-    ("noise added to [MASK]", dict(noise_map="softmax", inject="add"), 1),
-    ("raw map", dict(noise_map="raw"), 1),
-    ("learned map", dict(noise_map="learned"), 1),
-    ("BD3-LM, L' = 5", dict(noise="none", block_size=5), 1),
-    ("BD3-LM, L' = 5, Gumbel Distillation", dict(block_size=5), 1),
-    ("BD3-LM, L' = 2", dict(noise="none", block_size=2), 1),
-    ("BD3-LM, L' = 2, Gumbel Distillation", dict(block_size=2), 1),
-    ("BD3-LM, L' = 1", dict(noise="none", block_size=1), 1),
-    ("BD3-LM, L' = 1, Gumbel Distillation", dict(block_size=1), 1),
-]
-ABLATION_COLUMNS = {"model": "", "map": "", "seeds": "d", "nfe": ".3g", "valid": ".1%",
-                    "valid_sd": ".1%", "tv": ".3f", "tv_sd": ".3f", "distinct": ".3g",
-                    "agree_seq": ".3f", "agree_seq_sd": ".3f", "val_loss": ".3f"}
-
-
-def run_alone(cfg):
-    """run(cfg) on one core; what it prints goes to log.txt in its folder."""
-    torch.set_num_threads(1)
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    with open(os.path.join(cfg.out_dir, "log.txt"), "w") as f, contextlib.redirect_stdout(f):
-        return run(cfg)
-
-
-def ablate(cfg):
-    """Train what is missing of ABLATION; print the table and write it to ablation.json.
-
-    One row for each model and number of calls, and for APD: mean and standard deviation over seeds.
-    On a CPU as many runs at once as there are cores: these models are too small for two threads.
-    """
-    start, out = time.time(), cfg.out_dir or f"out/{cfg.dataset}-ablation"
-    jobs = []
-    for name, change, n_seeds in ABLATION:
-        settings = {"noise": "gumbel", **change}
-        maps = ["softmax", "draft"] if settings["noise"] != "none" else [None]
-        for noise_map in [settings.pop("noise_map")] if "noise_map" in settings else maps:
-            for seed in range(cfg.seed, cfg.seed + n_seeds):
-                words = re.findall(r"\w+", f"{name} {noise_map or ''}")
-                jobs.append((name, noise_map or "", dataclasses.replace(
-                    cfg, ablate=False, resume=True, nfe=cfg.nfe or "1,3", seed=seed,
-                    out_dir=f"{out}/{seed}/{'-'.join(words)}", noise_map=noise_map,
-                    teacher=f"{out}/{seed}/MDLM/teacher.pt" if name != "MDLM" else None,
-                    **settings)))
-    n_workers = os.cpu_count() if resolve(cfg).device == "cpu" else 1
-    runs = {}                                                   # (name, map): rows of each seed
-    with ProcessPoolExecutor(n_workers, get_context("spawn")) as pool:
-        for wave in (True, False):                              # MDLM's runs train the teachers
-            some = [job for job in jobs if (job[0] == "MDLM") == wave]
-            futures = [pool.submit(run_alone, job[-1]) for job in some]
-            for (name, noise_map, job), future in zip(some, futures):
-                rows = future.result()
-                print(f"{job.out_dir} done, {time.time() - start:.0f} s", flush=True)
-                runs.setdefault((name, noise_map), []).append([
-                    r for r in rows if r.get("temperature") == rows[2]["temperature"]
-                    or name in ("MDLM", "Gumbel Distillation") and "apd" in r["model"]])
-    table = []
-    for (name, noise_map), of_seeds in runs.items():
-        for same in zip(*of_seeds):                             # one row of each seed
-            apd = " + APD" if "apd" in same[0]["model"] else ""
-            table.append(dict(model=name + apd, map=noise_map, seeds=len(same)))
-            for column in ("nfe", "valid", "tv", "distinct", "agree_seq", "val_loss"):
-                values = [row[column] for row in same if column in row]
-                if values:
-                    table[-1][column] = float(np.mean(values))
-                if len(values) > 1:
-                    table[-1][column + "_sd"] = float(np.std(values, ddof=1))
-    with open(f"{out}/ablation.json", "w") as f:
-        json.dump(table, f, indent=1)
-    print_table(table, ABLATION_COLUMNS)
-    print(f"\n{out}/ablation.json written; {time.time() - start:.0f} s in all")
-
-
 # -----------------------------------------------------------------------------
 # 11. Command line
 
@@ -1709,7 +1625,11 @@ def main():
         description="Gumbel Distillation: trains a teacher and students, and prints how well each "
         "generates. In brackets: defaults, for each dataset where they differ.")
     cfg = Config(**vars(add_flags(parser).parse_args()))
-    ablate(cfg) if cfg.ablate else run(cfg)
+    if cfg.ablate:
+        from ablation import ablate
+        ablate(cfg)
+    else:
+        run(cfg)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import ablation
 import gumbel_distill as gd
 import sample
 import train_teacher
@@ -202,7 +203,7 @@ def test_sample_takes_the_newest_student(cli, tmp_path, monkeypatch):
 def test_the_ablation_trains_what_is_missing_and_is_a_table_of_means(
         cli, tmp_path, monkeypatch, capsys):
     """Three rows of it; what the command prints is what it writes."""
-    monkeypatch.setattr(gd, "ABLATION", [
+    monkeypatch.setattr(ablation, "ABLATION", [
         ("MDLM", dict(noise="none"), 2), ("Gumbel Distillation", dict(), 1),
         ("blocks", dict(noise="none", block_size=5), 1)])
     call = (gd.main, "--ablate", *TINY, "--out-dir", tmp_path)

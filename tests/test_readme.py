@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import ablation
 import gumbel_distill as gd
 import sample
 import train_teacher
@@ -22,7 +23,8 @@ SMALL = ("--n-layer 1 --n-head 2 --n-embd 16 --max-steps 4 --eval-every 4 --warm
 
 def test_everything_the_readme_names_exists():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    code = (ROOT / "gumbel_distill.py").read_text()
+    code = "".join((ROOT / f"{name}.py").read_text()
+                   for name in ("gumbel_distill", "sample", "ablation"))
     for name in re.findall(r"`(tests/[\w.]+|\w+\.py)`", README):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(test_\w+)`", README):
@@ -70,7 +72,7 @@ def test_the_ten_lines_of_the_readme_are_the_loss_and_the_sampler(tiny, monkeypa
 
 
 def test_every_command_of_the_readme_runs(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(gd, "ABLATION", gd.ABLATION[:1])
+    monkeypatch.setattr(ablation, "ABLATION", ablation.ABLATION[:1])
     monkeypatch.chdir(tmp_path)
     for name in ("input.txt", "tinyshakespeare.txt"):
         (tmp_path / name).write_text("to be or not to be, that is the question.\n" * 40)
