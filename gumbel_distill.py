@@ -15,7 +15,8 @@ The noise that belongs to a real text is drawn from a closed-form posterior, in 
 
 Glossary (V = vocab_size, T = seq_len, M = number of masked positions in a batch)
     x0, xt      (B, T) long   clean and masked token ids; BOS is not among them
-    t           (B,)          time in (0, 1]: P(token masked) = t, P(token kept) = alpha_t = 1 - t
+    t           (B, T/L')     time in (0, 1], one for each block of L' = block_size tokens (MDLM: T):
+                              P(token masked) = t, P(token kept) = alpha_t = 1 - t
     xi          (B, T, V)     Gumbel noise; xi[:, i] decides token i, given the tokens before it
     logits      (B, T, V)     logp: logits normalised over V, in nats
     is_masked   (B, T) bool   where xt is [MASK], the id mask_id = V: an input row, never an output
