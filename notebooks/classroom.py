@@ -30,7 +30,7 @@ def where(name, **small):
     folder = os.environ.get("GD_SMALL")
     if folder:
         return {"out_dir": f"{folder}/{name}", "max_steps": 20, "eval_every": 20, **small}
-    return {"out_dir": str(ROOT / "out" / name)}
+    return {"out_dir": os.path.relpath(ROOT / "out" / name)}
 
 
 def size(n):
