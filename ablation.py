@@ -17,7 +17,7 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 
-from gumbel_distill import print_table, resolve, run
+from gumbel_distill import Config, UserError, flag, print_table, resolve, run
 
 
 # Name of a row, what differs from Gumbel Distillation, number of seeds. Noise that comes in by a
@@ -43,14 +43,18 @@ ABLATION = [
 ]
 ABLATION_COLUMNS = {"model": "", "map": "", "seeds": "d", "nfe": ".3g", "valid": ".1%",
                     "valid_sd": ".1%", "tv": ".3f", "tv_sd": ".3f", "distinct": ".3g",
-                    "agree_seq": ".3f", "agree_seq_sd": ".3f", "val_loss": ".3f"}
+                    "agree_seq": ".3f", "agree_seq_sd": ".3f", "val_loss": ".3f",
+                    "val_loss_sd": ".3f"}
+# What the rows decide themselves, or what would make several of one.
+OWN = ("dataset noise noise_map inject labels loss block_size init_from clip teacher tau "
+       "temperature").split()
 
 
 def run_alone(cfg):
     """run(cfg) on one core; what it prints goes to log.txt in its folder."""
     torch.set_num_threads(1)
     os.makedirs(cfg.out_dir, exist_ok=True)
-    with open(os.path.join(cfg.out_dir, "log.txt"), "w") as f, contextlib.redirect_stdout(f):
+    with open(os.path.join(cfg.out_dir, "log.txt"), "a") as f, contextlib.redirect_stdout(f):
         return run(cfg)
 
 
@@ -60,7 +64,11 @@ def ablate(cfg):
     One row for each model and number of calls, and for APD: mean and standard deviation over seeds.
     On a CPU as many runs at once as there are cores: these models are too small for two threads.
     """
-    start, out = time.time(), cfg.out_dir or f"out/{cfg.dataset}-ablation"
+    for name in OWN:
+        if getattr(cfg, name) != getattr(Config, name):
+            raise UserError(f"{flag(name)} {getattr(cfg, name)}: --ablate is the maze's table, "
+                            "whose rows say this themselves; leave it out, or edit ABLATION")
+    start, out = time.time(), cfg.out_dir or "out/maze-ablation"
     jobs = []
     for name, change, n_seeds in ABLATION:
         settings = {"noise": "gumbel", **change}
@@ -77,15 +85,19 @@ def ablate(cfg):
     n_workers = os.cpu_count() if devices == {"cpu"} else 1
     runs = {}                                                   # (name, map): rows of each seed
     with ProcessPoolExecutor(n_workers, get_context("spawn")) as pool:
-        for wave in (True, False):                              # MDLM's runs train the teachers
-            some = [job for job in jobs if (job[0] == "MDLM") == wave]
-            futures = [pool.submit(run_alone, job[-1]) for job in some]
-            for (name, noise_map, job), future in zip(some, futures):
-                rows = future.result()
-                print(f"{job.out_dir} done, {time.time() - start:.0f} s", flush=True)
-                runs.setdefault((name, noise_map), []).append([
-                    r for r in rows if r.get("temperature") == rows[2]["temperature"]
-                    or name in ("MDLM", "Gumbel Distillation") and "apd" in r["model"]])
+        try:
+            for wave in (True, False):                          # MDLM's runs train the teachers
+                some = [job for job in jobs if (job[0] == "MDLM") == wave]
+                futures = [pool.submit(run_alone, job[-1]) for job in some]
+                for (name, noise_map, job), future in zip(some, futures):
+                    rows = future.result()
+                    print(f"{job.out_dir} done, {time.time() - start:.0f} s", flush=True)
+                    runs.setdefault((name, noise_map), []).append([
+                        r for r in rows if r.get("temperature") == rows[2]["temperature"]
+                        or name in ("MDLM", "Gumbel Distillation") and "apd" in r["model"]])
+        except BaseException:  # Ctrl-C, too: runs under way save what they have, no other begins
+            pool.shutdown(cancel_futures=True)
+            raise
     table = []
     for (name, noise_map), of_seeds in runs.items():
         for same in zip(*of_seeds):                             # one row of each seed

@@ -15,8 +15,8 @@ The noise that belongs to a real text is drawn from a closed-form posterior, in 
 
 Glossary (V = vocab_size, T = seq_len, M = number of masked positions in a batch)
     x0, xt      (B, T) long   clean and masked token ids; BOS is not among them
-    t           (B, T/L')     time in (0, 1], one for each block of L' = block_size tokens (MDLM: T):
-                              P(token masked) = t, P(token kept) = alpha_t = 1 - t
+    t           (B, T/L')     time in (0, 1], one for each block of L' = block_size tokens; MDLM has
+                              L' = T. P(token masked) = t, P(token kept) = alpha_t = 1 - t
     xi          (B, T, V)     Gumbel noise; xi[:, i] decides token i, given the tokens before it
     logits      (B, T, V)     logp: logits normalised over V, in nats
     is_masked   (B, T) bool   where xt is [MASK], the id mask_id = V: an input row, never an output
@@ -116,14 +116,14 @@ class Config:
     ema: float = option(None, "decay per step of the averaged weights; 0: none", low=0, high=1)
     eval_every: int = option(None, "steps between validations; each writes the checkpoint", low=1)
     # sampling
-    nfe: str = option(None, "function evaluations per sample (of a block), like 1,2,4")
+    nfe: str = option(None, "function evaluations per sample (BD3-LM: per block), like 1,2,4")
     tau: str = option("1", "scale of the noise, or several, like 0.8,1")
     temperature: str = option(None, "of the student, or several; with noise 0 (argmax), without 1")
     top_p: float = option(1.0, "nucleus: the likeliest tokens of this total", low=0, high=1)
     order: str = option("random", "which masked tokens to fill first",
                         ["random", "first-hitting", "confidence", "left"])
     apd: float = option(0.5, "R of adaptive parallel decoding; 0 is exact mode", low=0, high=1)
-    lookahead: int = option(10, "tokens that a round of it may fill", low=1)
+    lookahead: int = option(10, "tokens that one round of --apd may fill", low=1)
     n_samples: int = option(None, "samples per row of the table", low=1)
     # machine
     seed: int = option(0, "seed of every random draw")
@@ -735,9 +735,9 @@ class Student(nn.Module):
     def hidden(self, xt, embed_noise=None, x0=None, cache=None):
         """Hidden states (B, T, C) of xt (B, T), ready for net.logits.
 
-        The paper injects the noise once, below the first block. The map "draft" does so at each
-        quarter of the layers: logp + xi is then what MDLM would draw by Gumbel-Max from what is
-        known so far, a token for each position without regard to the others; the layers above see
+        The paper's map (and raw, learned) injects the noise once, below the first layer. The map
+        "draft" does so at each quarter of the layers. What argmax(logp + xi) would draw there is a
+        token for each position without regard to the others, as MDLM does; the layers above see
         these drafts and make them agree.
 
         embed_noise: function of hidden states (B, T, C), the noise embeddings (M, C) of the masked
@@ -848,24 +848,21 @@ def student_loss(*args, **settings):
     return block_losses(*args, **settings).mean()
 
 
-@torch.no_grad()
-def clipped_schedule(student, teacher, x0):
+def clipped_schedule(t, losses):
     """BD3-LM's clipped schedule: the interval of t, 0.5 to 0.9 wide, in which losses vary least.
 
-    A uniform t falls uniformly into any interval, so one pass over x0 (B, T) judges them all.
+    Uniform times fall uniformly into any interval, so one pass over the data judges them all.
 
-    Returns: low, high, the variance of block_losses there, and the variance over [T_MIN, 1]
+    Args:    t and losses (B, T/L'), as from validation_losses
+    Returns: low, high, the variance of the losses there, and that over all times
     """
-    B, n = len(x0), x0.size(1) // student.block_size
-    u = torch.rand(B, n, generator=rng("clip")).to(x0.device)
-    t = stratified_time(torch.arange(B * n, device=x0.device).view(B, n), B * n, u)
-    losses = block_losses(student, teacher, x0, t, ("clip",))
     found = []
     for width in (0.5, 0.6, 0.7, 0.8, 0.9):
-        for low in np.arange(T_MIN, 1 - width + 1e-9, 0.05):
+        for low in np.linspace(T_MIN, 1 - width, round((1 - width) / 0.05) + 1):
             inside = losses[(t >= low) & (t <= low + width)]
-            found.append((inside.var().item(), float(low), float(low + width)))
-    variance, low, high = min(found)
+            if len(inside) > 1:
+                found.append((inside.var().item(), float(low), float(low + width)))
+    variance, low, high = min(found, default=(math.nan, T_MIN, 1.0))
     return low, high, variance, losses.var().item()
 
 
@@ -893,7 +890,8 @@ def draw_tokens(logits, u, temperature, top_p):
     probs = (logits.double() / temperature).softmax(dim=-1)
     if top_p < 1:
         p, order = probs.sort(dim=-1, descending=True)
-        p[p.cumsum(dim=-1) - p >= top_p] = 0                    # keep the first that crosses top_p
+        is_out = p.cumsum(dim=-1) - p >= top_p                  # the first that crosses it stays
+        p[..., 1:][is_out[..., 1:]] = 0                         # and the likeliest at any top_p
         probs = torch.zeros_like(probs).scatter(-1, order, p)
     cdf = probs.cumsum(dim=-1)
     return (cdf <= u[:, None] * cdf[:, -1:]).sum(dim=-1)
@@ -905,7 +903,8 @@ def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="rand
     """Fill all masked tokens, from t = 1 to t = 0: at once or, with blocks, one after the other.
 
     Each block takes nfe steps; the keys and values of finished blocks are cached. A text longer
-    than the student's seq_len is written in a window that moves on by half when it is full.
+    than the student's seq_len is written in a window that moves on by half when it is full: there
+    positions start anew, and the text in it is read again.
 
     order: random         ancestral, as MDLM: a token is filled when time falls below u[:, 0], which
                           in a step from t to s is so with probability (t - s) / t
@@ -916,7 +915,8 @@ def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="rand
            left           the same number each step, from left to right, as the teacher writes
 
     Args:    xi (B, T, V), u (B, 2, T) from sequence_noise; xt (B, T) long, known tokens kept,
-             mask_id elsewhere (default: all masked); on_step: called with xt after each step
+             mask_id elsewhere (default: all masked); on_step: called with the whole text
+             (B, T) after each step that filled a token
     Returns: (B, T) long. Nothing is masked, also when nfe > T
     Raises:  ValueError if T is no multiple of the block size, or too long for a student without
              blocks
@@ -966,11 +966,11 @@ def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="rand
 def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, lookahead=None, on_round=None):
     """The student drafts, the teacher verifies: exact mode, or adaptive parallel decoding (APD).
 
-    Each round drafts all masked tokens in one student pass: argmax(logp_student + xi), where a
-    student with noise has added xi already. One teacher pass gives the target
-        argmax(ratio logp_student + (1 - ratio) logp_teacher + xi)
-    at all positions, right as far as all before is. The agreeing prefix is kept and the target's
-    next token, `lookahead` tokens at most; the rest is masked again.
+    Each round drafts all masked tokens in one student pass: argmax(s) with s = logp_student + xi,
+    or s = the logits of a student that has read xi. One teacher pass gives the target
+        argmax(ratio s + (1 - ratio) (logp_teacher + xi))
+    at all positions, valid wherever all tokens before it are. The agreeing prefix is kept and the
+    target's next token, `lookahead` tokens at most; the rest is masked again.
 
     ratio 0: exact mode. The text equals serial_extraction(teacher, xi), up to rounding, in fewer
     rounds; after predictive sampling (Wiggers & Hoogeboom 2020). student None: the same without a
@@ -982,6 +982,8 @@ def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, lookahead=None, o
              draft and answer (b, T), and n_keep (b,), how many tokens of the answer stand now
     Returns: x0 (B, T) long;  rounds (B,) long, each one student and one teacher call
     """
+    if student is None and ratio > 0:
+        raise ValueError("APD needs a student: without one, ratio must be 0")
     B, T, V = xi.shape
     x = torch.full((B, T), V, device=xi.device) if xt is None else xt.clone()
     if student is None:
@@ -1045,22 +1047,27 @@ def generate(model, n, seq_len, seed=0, known=None, batch_size=1000, progress=No
 # 9. Evaluation: validation loss, spread, agreement; generative perplexity and MAUVE: sample.py
 
 @torch.no_grad()
-def validation_loss(model, teacher, data, cfg):
-    """Loss in nats per token on fixed validation rows, with fixed times, masks and noise.
+def validation_losses(model, teacher, data, cfg):
+    """Losses on fixed validation rows, with fixed times, masks and noise, in nats per token.
 
-    The teacher's is its NLL, MDLM's the NELBO; with noise it is conditional, see student_loss.
+    Returns: t and block_losses (N, T/L') there; for a Teacher its mean loss in each row (N, 1)
     """
-    device, total = next(model.parameters()).device, 0.0
-    x0 = data.val_rows(8 * cfg.batch_size).to(device)
+    times, losses = [], []
+    x0 = data.val_rows(8 * cfg.batch_size).to(next(model.parameters()).device)
     for i, rows in enumerate(x0.split(cfg.batch_size // cfg.grad_accum)):
         if isinstance(model, Teacher):
-            loss = teacher_loss(model, rows)
-        else:
-            strata = torch.arange(len(rows) * cfg.seq_len // model.block_size, device=device)
-            t = stratified_time(strata, len(strata), 0.5).view(len(rows), -1)
-            loss = student_loss(model, teacher, rows, t, ("validation", i))
-        total += loss.item() * len(rows)
-    return total / len(x0)
+            losses.append(teacher_loss(model, rows).expand(len(rows), 1))
+            continue
+        strata = torch.arange(len(rows) * cfg.seq_len // model.block_size, device=x0.device)
+        times.append(stratified_time(strata, len(strata), 0.5).view(len(rows), -1))
+        losses.append(block_losses(model, teacher, rows, times[-1], ("validation", i)))
+    return torch.cat(times) if times else None, torch.cat(losses)
+
+
+def validation_loss(*args):
+    """The mean of validation_losses: the teacher's NLL, MDLM's NELBO, or with noise a conditional
+    loss, no likelihood (see block_losses)."""
+    return validation_losses(*args)[1].double().mean().item()
 
 
 def token_entropy(x):
@@ -1156,7 +1163,8 @@ def evaluate(teacher, students, data, cfg):
             settings = dict(tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
             start = time.perf_counter()
             x = generate(student, n, seq_len, cfg.seed, nfe=nfe, **settings)
-            add(student.name, nfe * seq_len // student.block_size, x, start,
+            L = student.block_size
+            add(student.name, min(nfe, L) * seq_len // L, x, start,
                 temperature == 0 and tau == 1, **settings, **val)
     whole = [s for s in students if not s.is_block]             # those that can draft a whole text
     for name, student, ratio, lookahead in (
@@ -1225,6 +1233,9 @@ def start_from(model, path, tokenizer):
     saved = load_checkpoint(path, "student")
     if saved["tokenizer"] != tokenizer.state:
         raise UserError(f"--init-from {path}: knows other tokens; use a student of the same data")
+    if saved["config"]["n_head"] != model.net.blocks[0].n_head:
+        raise UserError(f"--init-from {path}: has --n-head {saved['config']['n_head']}; give it "
+                        "here, too")
     try:
         keys = model.load_state_dict({k: v for k, v in saved["ema"].items() if k != "t_range"},
                                      strict=False)
@@ -1450,8 +1461,8 @@ def train(model, loss_fn, teacher, data, cfg, setting_names, sources=None):
             step += 1
             if RANK == 0 and (step % cfg.eval_every == 0 or step == cfg.max_steps):
                 if cfg.clip and kind == "student":
-                    x0 = data.val_rows(8 * cfg.batch_size).to(cfg.device)
-                    low, high, least, full = clipped_schedule(ema.module.eval(), teacher, x0)
+                    low, high, least, full = clipped_schedule(
+                        *validation_losses(ema.module.eval(), teacher, data, cfg))
                     model.t_range.copy_(torch.tensor([low, high]))
                     print(f"clipped schedule: t in [{low:.2f}, {high:.2f}], variance of the loss "
                           f"{least:.3f}, over all times {full:.3f}")
@@ -1552,8 +1563,10 @@ def train_student(cfg, teacher, data):
     model = Student(cfg, teacher.vocab_size, log_freq)
     if cfg.init_from:
         start_from(model, cfg.init_from, data.tokenizer)
-    return train(model, loss_fn, teacher, data, cfg,
-                 STUDENT_SETTINGS if cfg.noise == "none" else NOISE_SETTINGS, sources)
+    names = STUDENT_SETTINGS if cfg.noise == "none" else NOISE_SETTINGS
+    if cfg.clip:
+        names = [*names, "eval_every"]                          # each validation sets the times
+    return train(model, loss_fn, teacher, data, cfg, names, sources)
 
 
 def run(cfg):

@@ -84,6 +84,9 @@ def prompt_ids(prompt, tokenizer, seq_len):
                         "shorten it")
     known = torch.full((seq_len,), tokenizer.vocab_size)
     known[:len(ids)] = torch.tensor(ids, dtype=torch.long)
+    if not (known == tokenizer.vocab_size).any():
+        raise UserError(f"--prompt {prompt!r} is a whole text of {seq_len} tokens, nothing is left "
+                        "to fill in; shorten it, or put _ in place of tokens")
     return known
 
 
@@ -220,6 +223,8 @@ def nelbo(student, x0, n_draws=20):
     one token it is -log p itself, at t = 1 and without any error.
     """
     n, means = x0.size(1) // student.block_size, []
+    if student.block_size == 1:
+        n_draws = 1
     for draw in range(n_draws):
         g = rng("nelbo", draw)
         strata = torch.randperm(len(x0) * n, generator=g).view(len(x0), n)
@@ -228,7 +233,8 @@ def nelbo(student, x0, n_draws=20):
         parts = zip(x0.split(256), t.to(x0.device).split(256))
         means.append(sum(student_loss(student, None, rows, times, ("nelbo", draw, i)).item()
                          * len(rows) for i, (rows, times) in enumerate(parts)) / len(x0))
-    return float(np.mean(means)), float(np.std(means, ddof=1) / n_draws**0.5)
+    error = np.std(means, ddof=1) / n_draws**0.5 if n_draws > 1 else 0.0
+    return float(np.mean(means)), float(error)
 
 
 def distinct_n(x, n):
@@ -262,6 +268,7 @@ class Evaluation:
             print(f"warning: {self.n} texts of {cfg.seq_len} tokens are few for MAUVE; compare "
                   "scores of this table only, and with the ceiling", file=sys.stderr)
         self.references, self.others = rows[:self.n], rows[self.n:2 * self.n]
+        self.text_id = hashlib.sha1(rows.cpu().numpy().tobytes()).hexdigest()
         self.reference_features = self.features(self.references)
         os.makedirs(cfg.out_dir, exist_ok=True)
         self.rows, self.bounds = {}, {}
@@ -281,7 +288,7 @@ class Evaluation:
         """The row of texts make(), computed unless it is there from an earlier call."""
         args = self.args
         key = hashlib.sha1(repr((sorted(about.items(), key=str), args.n_samples, self.cfg.seed,
-                                 args.judge, args.featurizer, self.data.fingerprint,
+                                 args.judge, args.featurizer, self.text_id,
                                  weights_id(self.teacher))).encode()).hexdigest()
         if key in self.rows:
             return self.rows[key]
@@ -344,7 +351,7 @@ def evaluate(paths, args, cfg):
         for nfe, tau, temperature in itertools.product(numbers(cfg, "nfe"), taus, temperatures):
             settings = dict(nfe=nfe, tau=tau, temperature=temperature, top_p=cfg.top_p,
                             order=cfg.order)
-            calls = nfe * cfg.seq_len // model.block_size
+            calls = min(nfe, model.block_size) * cfg.seq_len // model.block_size
             rows.append(table.add(
                 lambda: generate(model, n, cfg.seq_len, progress=f"{name}, nfe {calls}", **settings,
                                  **common),
@@ -429,7 +436,15 @@ def main():
     for name in ("train_files", "val_files"):
         given[name] = given[name] or saved["config"][name]
     cfg = resolve(replace(Config(**saved["config"]), grad_accum=1, n_samples=n, **given))
+    is_verified = args.exact or args.apd is not None
+    if args.exact and args.apd is not None:
+        raise UserError(f"--exact is --apd 0, not --apd {args.apd:g}; give one of them")
+    if args.length is not None and args.length < 1:
+        raise UserError(f"--length {args.length}: must be 1 or more")
     if args.eval:
+        for name in ("prompt", "exact", "apd", "show_steps", "out", "length"):
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f"{flag(name)} does not go with --eval, which judges whole texts")
         evaluate(paths, args, cfg)
         return
     for name in ("nfe", "tau", "temperature"):
@@ -444,7 +459,8 @@ def main():
     if saved["kind"] == "student":
         settings.update(nfe=numbers(cfg, "nfe")[0], top_p=cfg.top_p, order=cfg.order,
                         temperature=default_temperatures(model, cfg)[0])
-    if args.exact or args.apd is not None:
+    is_open = known == tokenizer.vocab_size
+    if is_verified:
         mode = "--exact" if args.exact else "--apd"
         if saved["kind"] == "teacher":
             raise UserError(f"{paths[0]}: holds a teacher, {mode} needs a student")
@@ -454,7 +470,6 @@ def main():
         if (numbers(cfg, "tau"), cfg.top_p, numbers(cfg, "temperature") or [0]) != ([1], 1, [0]):
             raise UserError(f"{mode} goes with --tau 1, --top-p 1 and --temperature 0: it reads "
                             "the noise as it is; leave these flags out")
-        is_open = known == tokenizer.vocab_size
         if (is_open[:-1] & ~is_open[1:]).any():
             raise UserError(f"{mode} with --prompt {args.prompt!r}: the teacher writes from left "
                             "to right, it cannot fill a gap; end the prompt before it")
@@ -462,6 +477,11 @@ def main():
         ratio, lookahead = (0.0, None) if args.exact else (cfg.apd, cfg.lookahead)
         x = verified(model, teacher, n, seq_len, cfg.seed, known, ratio, lookahead)
     else:
+        block = torch.arange(seq_len, device=cfg.device) // getattr(model, "block_size", 1)
+        if (block[~is_open] > block[is_open].min()).any():
+            raise UserError(f"--prompt {args.prompt!r}: {paths[0]} writes from left to right and "
+                            "does not see what comes after the gap; end the prompt before it, or "
+                            "use a student without --block-size")
         steps = []
         try:
             if args.show_steps and saved["kind"] == "student":
@@ -479,7 +499,7 @@ def main():
                                         **settings)) + "\n")
         print(f"{n} texts written to {args.out}")
         return
-    for row in x[:4] if args.exact or args.apd is not None else x:
+    for row in x[:4] if is_verified else x:
         print(show(row.cpu(), cfg.dataset, tokenizer) + "\n")
 
 

@@ -51,7 +51,7 @@ def check(answer, is_right, hint):
 # Mazes
 
 def draw(path, axis, title=""):
-    """A path (10,) of cells in the maze, MASK cells left out; forbidden moves dashed and red."""
+    """A path (10,) of cells in the maze, MASK cells left out; forbidden moves dotted and red."""
     for row, line in enumerate(gd.MAZE):
         for col in range(0, len(line), 4):
             if row % 2 and line[col] == "|":
@@ -139,6 +139,8 @@ def draw_log(folder):
     """Training and validation loss of every model in a run's log.jsonl, as log.png beside it."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     names = list(dict.fromkeys(row["model"] for row in rows))
+    if not names:
+        raise gd.UserError(f"{folder / 'log.jsonl'} is empty: the run has no validation yet")
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3), squeeze=False,
                                 layout="constrained")
     for axis, name in zip(axes[0], names):

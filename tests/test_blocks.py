@@ -162,16 +162,16 @@ def test_times_are_stratified_over_blocks_and_batch():
     assert (s * 16).floor().flatten().tolist() == list(range(16))
 
 
-def test_clipped_schedule_finds_the_times_of_least_variance(monkeypatch):
-    """Losses that vary only outside [0.3, 0.8] leave that interval, and no wider one."""
-    student = block_student("none")
-
-    def losses(student, teacher, x0, t, key):
-        wild = torch.randn(t.shape, generator=gd.rng(1))
-        return torch.where((t > 0.297) & (t < 0.805), 1 + 0.01 * wild, 10 * wild)
-    monkeypatch.setattr(gd, "block_losses", losses)
-    low, high, least, full = gd.clipped_schedule(student, None, torch.zeros(4000, T).long())
-    assert (low, high) == pytest.approx((0.301, 0.801)) and least < 0.001 and full > 10
+def test_clipped_schedule_finds_the_times_of_least_variance():
+    """Losses that vary only outside [a, b] leave that interval, and no wider one."""
+    t = torch.linspace(1e-3, 1, 8000).view(4000, 2)
+    wild = torch.randn(t.shape, generator=gd.rng(1))
+    for a, b in ((0.3, 0.8), (0.5, 1.0), (0.001, 0.501)):
+        losses = torch.where((t > a - 0.005) & (t < b + 0.005), 1 + 0.01 * wild, 10 * wild)
+        low, high, least, full = gd.clipped_schedule(t, losses)
+        assert (low, high) == pytest.approx((a, b), abs=0.005) and least < 0.001 and full > 10
+    few = torch.tensor([[0.05, 0.99]])                          # no interval has two of them
+    assert gd.clipped_schedule(few, few)[:2] == (1e-3, 1.0)
 
 
 def test_clip_trains_in_the_interval_and_validates_over_all_times(tmp_path, capsys, monkeypatch):
@@ -270,6 +270,9 @@ def test_init_from_starts_from_the_mdlm_and_refuses_what_does_not_fit(tmp_path):
         wrong = gd.Student(gd.resolve(gd.Config(**{**small, **changed}, noise="none")), 36)
         with pytest.raises(gd.UserError, match="--init-from .*student-none.pt"):
             gd.start_from(wrong, path, data.tokenizer)
+    wrong = gd.Student(gd.resolve(gd.Config(**small, n_head=1, noise="none")), 36)
+    with pytest.raises(gd.UserError, match="has --n-head 2"):
+        gd.start_from(wrong, path, data.tokenizer)
     with pytest.raises(gd.UserError, match="knows other tokens"):
         gd.start_from(model, path, gd.Tokenizer(list("abc")))
     with pytest.raises(gd.UserError, match="holds a teacher"):

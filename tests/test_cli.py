@@ -200,6 +200,13 @@ def test_sample_takes_the_newest_student(cli, tmp_path, monkeypatch):
     assert "out/a/student-gumbel.pt: gumbel" in cli(sample.main)[1]
 
 
+def test_the_ablation_refuses_what_its_rows_decide(cli, tmp_path):
+    for args in (("--noise", "none"), ("--tau", "0.8,1"), ("--dataset", "cities"), ("--clip",)):
+        status, _, err = cli(gd.main, "--ablate", *args, "--out-dir", tmp_path / "a")
+        assert status == 1 and args[0] in err and "leave it out" in err, err
+    assert not (tmp_path / "a").exists()
+
+
 def test_the_ablation_trains_what_is_missing_and_is_a_table_of_means(
         cli, tmp_path, monkeypatch, capsys):
     """Three rows of it; what the command prints is what it writes."""

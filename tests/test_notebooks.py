@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import textwrap
 
 import pytest
@@ -104,6 +105,11 @@ def test_the_pictures_of_the_readme_are_drawn_by_one_command(cli, maze_run, monk
     for flag in ("--run", "--log"):
         status, _, err = cli(classroom.main, flag, folder / "missing")
         assert status == 1 and "missing" in err and "python gumbel_distill.py" in err
+    (folder / "empty").mkdir()
+    (folder / "empty" / "log.jsonl").touch()
+    status, _, err = cli(classroom.main, "--log", folder / "empty")
+    assert status == 1 and "has no validation yet" in err
+    shutil.rmtree(folder / "empty")
     picture.unlink()
     (folder / "log.png").unlink()
     (folder / "notebooks" / "figures").rmdir()

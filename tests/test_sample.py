@@ -174,6 +174,15 @@ def test_the_table_compares_students_and_is_resumed(maze_run, cli, tmp_path, mon
     assert not made and again == rows
     assert len(evaluated(cli, folder, tmp_path, "--nfe", "1,2,3")[2]) == 8 and set(made) == {2}
 
+    def other_text(cfg):
+        data = gd.load_data(cfg)
+        data.val = np.roll(data.val, 70)
+        return data
+    monkeypatch.setattr(sample, "load_data", other_text)
+    other = evaluated(cli, folder, tmp_path, "--nfe", 1)[2]
+    ceilings = [r["mauve"] for r in other if r["model"] == "real text (ceiling)"]
+    assert len(other) == 8 + 4 and len(set(ceilings)) == 2
+
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "no picture: matplotlib is not installed" in evaluated(
         cli, folder, tmp_path, "--nfe", "1,3")[0]
@@ -201,11 +210,25 @@ def test_bad_evaluations_are_refused_by_name(maze_run, cli, tmp_path):
     other = tmp_path / "run" / "student-gumbel.pt"
     for args, said in ((["--ckpt", ckpt, other, *own], "does not compare with"),
                        (["--ckpt", ckpt, "-n", 0, *own], "--n-samples 0"),
+                       (["--ckpt", ckpt, *own, "--prompt", "b1"],
+                        "--prompt does not go with --eval"),
+                       (["--ckpt", ckpt, *own, "--exact"], "--exact does not go with --eval"),
                        (["--ckpt", ckpt, "--judge", "no/such"],
                         "--judge no/such: cannot be loaded"),
                        (["--ckpt", ckpt, "--judge", "teacher", "--featurizer", "no/such"],
                         "--featurizer no/such: cannot be loaded")):
         status, _, err = cli(sample.main, "--eval", "--out-dir", tmp_path / "e", *args)
+        assert status == 1 and said in err, err
+
+
+def test_texts_that_cannot_be_are_refused(maze_run, cli):
+    folder, _ = maze_run
+    given = ["--ckpt", folder / "student-gumbel.pt"]
+    for args, said in ((["--prompt", "b1 " * 10], "nothing is left to fill in"),
+                       (["--prompt", "b1 " * 10, "--exact"], "nothing is left to fill in"),
+                       (["--exact", "--apd", 0.5], "--exact is --apd 0, not --apd 0.5"),
+                       (["--length", 0], "--length 0: must be 1 or more")):
+        status, _, err = cli(sample.main, *given, *args)
         assert status == 1 and said in err, err
 
 
@@ -244,11 +267,13 @@ def test_students_in_blocks_write_texts_of_other_lengths(block_run, cli, tmp_pat
     out = tmp_path / "texts.jsonl"
     for length in (4, 26):
         status, _, err = cli(sample.main, "--ckpt", block_run, "--length", length, "--nfe", 2,
-                             "-n", 3, "--prompt", "b1 _ c1", "--out", out)
+                             "-n", 3, "--prompt", "b1 c1 d1", "--out", out)
         assert status == 0, err
         rows = [json.loads(line)["ids"] for line in out.read_text().splitlines()]
         assert [len(row) for row in rows] == [length] * 3
-        assert all((row[0], row[2]) == (1, 2) for row in rows)
+        assert all(row[:3] == [1, 2, 3] for row in rows)
+    status, _, err = cli(sample.main, "--ckpt", block_run, "--prompt", "b1 _ c1")
+    assert status == 1 and "does not see what comes after the gap" in err
     status, _, err = cli(sample.main, "--ckpt", block_run, "--length", 15)
     assert status == 1 and "--length 15: a text of 15 tokens cannot be written in blocks" in err
 

@@ -84,7 +84,8 @@ def test_temperature_one_draws_the_students_probabilities_and_zero_the_argmax():
 def test_top_p_keeps_the_smallest_set_that_reaches_p():
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15, 0.0, 0.0])
     u = torch.linspace(0, 1 - 1e-9, 10_001, dtype=torch.float64)
-    for top_p, kept in ((0.3, {1}), (0.5, {1, 3}), (0.75, {1, 3, 4}), (1.0, {0, 1, 2, 3, 4})):
+    for top_p, kept in ((0.0, {1}), (0.3, {1}), (0.5, {1, 3}), (0.75, {1, 3, 4}),
+                        (1.0, {0, 1, 2, 3, 4})):
         x = gd.draw_tokens(p.log().expand(len(u), V), u, 1.0, top_p)
         assert set(x.tolist()) == kept
         assert (x == 1).double().mean() == pytest.approx(0.4 / p[list(kept)].sum().item(), abs=1e-3)
