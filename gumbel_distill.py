@@ -1005,7 +1005,7 @@ def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, lookahead=None, o
         answer = target.argmax(dim=-1)                          # (b, T)
         agree = (draft == answer) | ~is_masked
         n_keep = agree.long().cumprod(dim=1).sum(dim=1) + 1     # (b,) agreeing prefix, next token
-        n_keep = torch.minimum(n_keep, n_known + (lookahead or T))
+        n_keep = torch.minimum(n_keep, n_known + (lookahead or T)).clamp(max=T)
         is_kept = torch.arange(T, device=x.device) < n_keep[:, None]
         x[live] = torch.where(is_kept, torch.where(is_masked, answer, draft), V)
         if student is None:

@@ -1,12 +1,14 @@
 """What the notebooks share, and the command that draws the README's pictures.
 
-    python notebooks/classroom.py                     # notebooks/figures/hero.png, of out/maze
+    python notebooks/classroom.py                     # both, of out/maze
     python notebooks/classroom.py --log out/maze      # a run's log.jsonl, as out/maze/log.png
 """
 
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "notebooks" / "figures"
 sys.path.insert(0, str(ROOT))
 import gumbel_distill as gd  # noqa: E402
 
@@ -69,6 +72,8 @@ def draw(path, axis, title=""):
     for c, (x, y) in zip(cells, xy):
         if c < gd.MAZE_SIZE**2:
             axis.plot(x, y, "o", color="black", ms=4)
+    axis.text(0.1, 0.38, "S", fontsize=8)
+    axis.text(gd.MAZE_SIZE - 0.4, gd.MAZE_SIZE - 0.1, "G", fontsize=8)
     axis.set(xlim=(-0.1, 6.1), ylim=(6.1, -0.1), aspect="equal")
     axis.set_title(title, fontsize=10)
     axis.axis("off")
@@ -135,6 +140,15 @@ def hero(folder, path):
     return path
 
 
+def judged(folder, path):
+    """The README's other picture: what `sample.py --eval` says of the run's students."""
+    students = [folder / f"student-{noise}.pt" for noise in ("gumbel", "none")]
+    subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", *students, "--eval",
+                    "--nfe", "1,3,10", "-n", str(size(1000)), "--judge", "teacher",
+                    "--featurizer", "teacher", "--out-dir", folder / "eval"], check=True)
+    return Path(shutil.copy(folder / "eval" / "quality_vs_nfe.png", path))
+
+
 def draw_log(folder):
     """Training and validation loss of every model in a run's log.jsonl, as log.png beside it."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -165,12 +179,15 @@ def main():
     args = parser.parse_args()
     plt.switch_backend("Agg")
     try:
-        path = (draw_log(Path(args.log)) if args.log else
-                hero(Path(args.run), ROOT / "notebooks" / "figures" / "hero.png"))
+        if args.log:
+            paths = [draw_log(Path(args.log))]
+        else:
+            paths = [hero(Path(args.run), FIGURES / "hero.png"),
+                     judged(Path(args.run), FIGURES / "maze_quality_vs_nfe.png")]
     except FileNotFoundError as e:
         raise gd.UserError(f"{e.filename}: not there; name the folder of a finished run, or make "
                            "one with `python gumbel_distill.py`") from e
-    print(f"{path} drawn")
+    print(*paths, "drawn")
 
 
 if __name__ == "__main__":

@@ -119,8 +119,14 @@ def test_exact_mode_equals_serial_decoding_token_for_token(drafter, n_known, tin
     xi, _ = draws(500)
     xt = torch.full((500, T), V)
     xt[:, :n_known] = torch.randint(V, (500, n_known), generator=gd.rng(1))
+    kept = torch.zeros(500, dtype=torch.long)
+
+    def on_round(live, draft, answer, n_keep):
+        assert (n_keep > kept[live]).all()                      # each round one token more at least
+        kept[live] = n_keep
     x, rounds = gd.draft_and_verify({"student": student, "no noise": plain, "none": None}[drafter],
-                                teacher, xi, xt)
+                                    teacher, xi, xt, on_round=on_round)
+    assert (kept == (T if n_known < T else 0)).all()
     assert x.equal(gd.serial_extraction(teacher, xi, xt)[0])
     assert x[:, :n_known].equal(xt[:, :n_known])
     assert rounds.max() <= T - n_known and rounds.min() >= (n_known < T)
