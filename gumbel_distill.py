@@ -27,6 +27,7 @@ What differs from the paper and the official code stands in README.md, "Differen
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -263,7 +264,8 @@ class Tokenizer:
         unknown = sorted(set().union(*texts) - self.ids.keys())
         if unknown:
             raise UserError(f"{where}: {unknown[0]!r} is not among the {self.vocab_size} tokens of "
-                            "the training text; leave it out, or train on text that has it")
+                            f"the training text ({self.words[0]!r} to {self.words[-1]!r}); leave "
+                            "it out, or train on text that has it")
         return [[self.ids[piece] for piece in text] for text in texts]
 
     def decode(self, ids):
@@ -381,8 +383,10 @@ def load_data(cfg):
 
 
 def show(ids, dataset, tokenizer):
-    """One sequence of token ids (T,) as text to print."""
-    return draw_maze(ids) if dataset == "maze" else tokenizer.decode(ids).split(" " + END)[0]
+    """One sequence of token ids (T,) as text to print; of the maze's length, as a drawing."""
+    if dataset == "maze" and len(ids) == PRESETS["maze"]["seq_len"]:
+        return draw_maze(ids)
+    return tokenizer.decode(ids).split(" " + END)[0]
 
 
 # -----------------------------------------------------------------------------
@@ -925,7 +929,8 @@ def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="rand
     L, longest, mask_id = student.block_size, student.seq_len, student.mask_id
     if T % L and T > L or T > longest and 2 * L > longest:
         raise ValueError(f"a text of {T} tokens cannot be written in blocks of {L} with at most "
-                         f"{longest} tokens in view")
+                         f"{longest} tokens in view: it takes whole blocks and, beyond {longest} "
+                         "tokens, a view of two blocks or more")
     text = torch.full((B, T), mask_id, device=u.device) if xt is None else xt.clone()
     first, cache = 0, None                                      # where the window starts
     for start in range(0, T, L):
@@ -1207,13 +1212,14 @@ NOISE_SETTINGS = STUDENT_SETTINGS + ["noise_map", "inject"]
 def load_checkpoint(path, *kinds):
     """A checkpoint as a dict of tensors and plain values; code in the file is refused."""
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint; check the path, or train it first")
+        raise UserError(f"{path}: no such checkpoint; name a file like "
+                        "out/maze/teacher.pt, or train it first")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["kind"]
     except Exception as e:  # torch raises many types for cut-off and foreign files
         raise UserError(f"{path}: cut off, or no checkpoint of this program "
-                        f"({type(e).__name__}); delete it and train again") from e
+                        f"({type(e).__name__}); name another file, or train it again") from e
     if found not in kinds:
         raise UserError(f"{path}: holds a {found}, but a {' or '.join(kinds)} is needed here")
     return saved
@@ -1490,6 +1496,7 @@ def prepare(cfg):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=1))
+        atexit.register(dist.destroy_process_group)
         if RANK > 0:  # process 0 speaks and writes for all
             sys.stdout = open(os.devnull, "w")
             dist.barrier()
@@ -1595,8 +1602,8 @@ def run(cfg):
 # -----------------------------------------------------------------------------
 # 11. Command line
 
-def add_flags(parser, *names):
-    """A flag for each named field of Config, or for all."""
+def add_flags(parser, *names, **defaults):
+    """A flag for each named field of Config, or for all; `defaults` replace those of Config."""
     for f in dataclasses.fields(Config):
         if names and f.name not in names:
             continue
@@ -1604,15 +1611,15 @@ def add_flags(parser, *names):
         if f.type is bool:
             parser.add_argument(flag(f.name), action="store_true", help=text)
             continue
-        default = f.default
-        if default is None:
+        default = shown = defaults.get(f.name, f.default)
+        if default is None and f.name not in defaults:
             presets = {dataset: p[f.name] for dataset, p in PRESETS.items() if f.name in p}
-            default = ", ".join(f"{dataset} {value}" for dataset, value in presets.items())
+            shown = ", ".join(f"{dataset} {value}" for dataset, value in presets.items())
             if len(presets) > 1 and len(set(presets.values())) == 1:
-                default = next(iter(presets.values()))
-        parser.add_argument(flag(f.name), type=f.type, default=f.default,
+                shown = next(iter(presets.values()))
+        parser.add_argument(flag(f.name), type=f.type, default=default,
                             metavar="{" + ",".join(choices) + "}" if choices else f.type.__name__,
-                            help=f"{text} ({default})" if default != "" else text)
+                            help=text if shown in ("", None) else f"{text} ({shown})")
     return parser
 
 

@@ -425,8 +425,7 @@ def main():
                         "causal model of transformers, a folder, or teacher (gpt2-large)")
     parser.add_argument("--featurizer", default="gpt2-large", help="with --eval: whose features "
                         "MAUVE compares, likewise (gpt2-large)")
-    add_flags(parser, *FLAGS)
-    parser.set_defaults(nfe="8", batch_size=1000, apd=None)
+    add_flags(parser, *FLAGS, nfe="8", batch_size=1000, apd=None)
     args = parser.parse_args()
     paths = args.ckpt or [newest_student()]
     model, tokenizer, saved = load_model(paths[0], "cpu")
@@ -437,6 +436,9 @@ def main():
         given[name] = given[name] or saved["config"][name]
     cfg = resolve(replace(Config(**saved["config"]), grad_accum=1, n_samples=n, **given))
     is_verified = args.exact or args.apd is not None
+    if is_verified and args.show_steps:
+        raise UserError("--show-steps shows the steps of a student that writes alone; leave it, or "
+                        "--exact and --apd, out")
     if args.exact and args.apd is not None:
         raise UserError(f"--exact is --apd 0, not --apd {args.apd:g}; give one of them")
     if args.length is not None and args.length < 1:
@@ -499,6 +501,8 @@ def main():
                                         **settings)) + "\n")
         print(f"{n} texts written to {args.out}")
         return
+    if is_verified and n > 4:
+        print(f"the first 4 of {n} texts:\n")
     for row in x[:4] if is_verified else x:
         print(show(row.cpu(), cfg.dataset, tokenizer) + "\n")
 

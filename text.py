@@ -242,7 +242,7 @@ def find_files(name, pattern):
     paths = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
     if not paths:
         raise UserError(f"{flag(name)} {pattern}: no file matches; check the path, and quote a "
-                        "glob like 'texts/*.txt'")
+                        "glob like 'texts/*.txt' (of a folder take 'folder/*')")
     return paths
 
 

@@ -227,6 +227,8 @@ def test_texts_that_cannot_be_are_refused(maze_run, cli):
     for args, said in ((["--prompt", "b1 " * 10], "nothing is left to fill in"),
                        (["--prompt", "b1 " * 10, "--exact"], "nothing is left to fill in"),
                        (["--exact", "--apd", 0.5], "--exact is --apd 0, not --apd 0.5"),
+                       (["--exact", "--show-steps"], "--show-steps shows the steps"),
+                       (["--length", 20], "beyond 10 tokens, a view of two blocks or more"),
                        (["--length", 0], "--length 0: must be 1 or more")):
         status, _, err = cli(sample.main, *given, *args)
         assert status == 1 and said in err, err
