@@ -92,6 +92,7 @@ def ablate(cfg):
                 for (name, noise_map, job), future in zip(some, futures):
                     rows = future.result()
                     print(f"{job.out_dir} done, {time.time() - start:.0f} s", flush=True)
+                    # MDLM's rows by argmax are left out, APD's shown for the two main students
                     runs.setdefault((name, noise_map), []).append([
                         r for r in rows if r.get("temperature") == rows[2]["temperature"]
                         or name in ("MDLM", "Gumbel Distillation") and "apd" in r["model"]])

@@ -732,6 +732,10 @@ class Student(nn.Module):
         if self.noise != "none":
             self.noise_embedding = NoiseEmbedding(cfg, vocab_size, log_freq)
 
+    def nfe_of_text(self, nfe):
+        """Function evaluations of a whole text, nfe of each block but at most one for a token."""
+        return min(nfe, self.block_size) * self.seq_len // self.block_size
+
     def embed_noise(self, xi, h):
         """Noise xi (M, V) of masked tokens, whose hidden states are h (M, C), as (M, C)."""
         return self.noise_embedding(xi, h, self.net).to(h.dtype)
@@ -1168,8 +1172,7 @@ def evaluate(teacher, students, data, cfg):
             settings = dict(tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
             start = time.perf_counter()
             x = generate(student, n, seq_len, cfg.seed, nfe=nfe, **settings)
-            L = student.block_size
-            add(student.name, min(nfe, L) * seq_len // L, x, start,
+            add(student.name, student.nfe_of_text(nfe), x, start,
                 temperature == 0 and tau == 1, **settings, **val)
     whole = [s for s in students if not s.is_block]             # those that can draft a whole text
     for name, student, ratio, lookahead in (

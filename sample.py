@@ -351,11 +351,12 @@ def evaluate(paths, args, cfg):
         for nfe, tau, temperature in itertools.product(numbers(cfg, "nfe"), taus, temperatures):
             settings = dict(nfe=nfe, tau=tau, temperature=temperature, top_p=cfg.top_p,
                             order=cfg.order)
-            calls = min(nfe, model.block_size) * cfg.seq_len // model.block_size
+            calls = model.nfe_of_text(nfe)
             rows.append(table.add(
                 lambda: generate(model, n, cfg.seq_len, progress=f"{name}, nfe {calls}", **settings,
                                  **common),
-                model, model=name, weights=weights_id(model), **{**settings, "nfe": calls}))
+                model, model=name, weights=weights_id(model), steps=nfe,
+                **{**settings, "nfe": calls}))
     print_table(rows, {**EVAL_COLUMNS, **COLUMNS, "nfe": "d"})
     print(f"\n{table.path} written" + plot(rows, os.path.join(cfg.out_dir, "quality_vs_nfe.png")))
     return rows

@@ -1,5 +1,6 @@
 """Block diffusion, the clipped schedule, the baselines.   python -m pytest tests/test_blocks.py"""
 
+import dataclasses
 import math
 
 import pytest
@@ -190,6 +191,8 @@ def test_clip_trains_in_the_interval_and_validates_over_all_times(tmp_path, caps
     low, high = student.t_range.tolist()
     out = capsys.readouterr().out
     assert f"clipped schedule: t in [{low:.2f}, {high:.2f}], variance of the loss" in out
+    with pytest.raises(gd.UserError, match="eval_every 2 there, 4 now"):
+        gd.train_student(dataclasses.replace(cfg, eval_every=4), teacher, data)
     assert 0.5 - 1e-6 <= high - low <= 0.9 + 1e-6
     trained = [(a, b) for key, a, b in times if key == "loss"]
     validated = [(a, b) for key, a, b in times if key in (0, 1, 2, 3, 4, 5, 6, 7)]

@@ -200,6 +200,20 @@ def test_validation_loss_is_repeatable_and_leaves_training_alone(tmp_path):
     assert len(losses) == 1 and torch.get_rng_state().equal(state)
 
 
+def test_validation_takes_every_row_once_whatever_the_batch(tmp_path):
+    cfg, data = gd.prepare(config(tmp_path, noise="none", block_size=4))
+    x0 = data.val_rows(8 * cfg.batch_size)
+    assert len(x0) % cfg.batch_size                             # the last piece is a smaller one
+    torch.manual_seed(0)
+    teacher = gd.Teacher(cfg, data.tokenizer).eval()
+    assert gd.validation_loss(teacher, None, data, cfg) == pytest.approx(
+        gd.teacher_loss(teacher, x0).item(), rel=1e-6)
+    student = gd.Student(cfg, data.tokenizer.vocab_size).eval()
+    t, losses = gd.validation_losses(student, teacher, data, cfg)
+    assert t.shape == losses.shape == (len(x0), 2) and t.min() < 0.1 and t.max() > 0.9
+    assert gd.validation_loss(student, teacher, data, cfg) == pytest.approx(losses.mean().item())
+
+
 def test_log_has_one_line_for_each_validation(tmp_path):
     cfg = config(tmp_path)
     trained(cfg)
