@@ -1,116 +1,104 @@
-"""The paper's ablation and its baselines, one table:   python gumbel_distill.py --ablate
+"""The paper's ablation and its baselines on the maze, in one table.
 
-Every row is a run of gumbel_distill.py whose settings differ from Gumbel Distillation's in what
-ABLATION says. To ask a question of your own, add a line there: what is finished is not trained
-again.
+    python ablation.py                        # 30 students, an hour on two cores
+    python ablation.py --out-dir out/other
+
+Every run is one of gumbel_distill.py, whose settings differ from the default ones in what RUNS
+says. To ask a question of your own, add a line there: what is finished is not trained again.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import os
-import re
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
 import torch
 
-from gumbel_distill import Config, UserError, flag, print_table, resolve, run
+from data import load_data, print_table, run_cli
+from gumbel_distill import Config, add_flags, load_model, resolve, run
+from sample import compare_exact
+
+OTHER_NOISE = ["gaussian", "gaussian-draft", "uniform", "uniform-draft", "independent",
+               "independent-draft"]
+RUNS = {  # what differs from the default settings, and the number of seeds
+    "default": ({}, 3),
+    "token-level KD": (dict(students=["mdlm"], loss="kd"), 3),
+    "the teacher's texts": (dict(labels="teacher"), 3),         # mdlm: sequence-level KD
+    "other noise": (dict(students=OTHER_NOISE), 1),
+    "blocks of 5": (dict(block_size=5), 1),
+    "blocks of 2": (dict(block_size=2), 1),
+    "blocks of 1": (dict(block_size=1), 1),
+}
+FLAGS = "n_layer n_head n_embd batch_size max_steps lr warmup eval_every n_samples out_dir".split()
+COLUMNS = {"run": "", "model": "", "seeds": "d", "nfe": ".3g", "valid": ".1%", "valid_sd": ".1%",
+           "tv": ".3f", "tv_sd": ".3f", "distinct": ".3g", "agree_seq": ".3f",
+           "agree_seq_sd": ".3f"}
 
 
-# Name of a row, what differs from Gumbel Distillation, number of seeds. Noise that comes in by a
-# map is shown with the paper's map and with the default one.
-ABLATION = [
-    ("MDLM", dict(noise="none"), 3),
-    ("token-level KD", dict(noise="none", loss="kd"), 3),
-    ("sequence-level KD", dict(noise="none", labels="teacher"), 3),
-    ("Gumbel Distillation", dict(), 3),
-    ("serial extraction", dict(labels="teacher"), 1),
-    ("gaussian noise", dict(noise="gaussian"), 1),
-    ("uniform noise", dict(noise="uniform"), 1),
-    ("noise independent of the text", dict(noise="independent"), 1),
-    ("noise added to [MASK]", dict(noise_map="softmax", inject="add"), 1),
-    ("raw map", dict(noise_map="raw"), 1),
-    ("learned map", dict(noise_map="learned"), 1),
-    ("BD3-LM, L' = 5", dict(noise="none", block_size=5), 1),
-    ("BD3-LM, L' = 5, Gumbel Distillation", dict(block_size=5), 1),
-    ("BD3-LM, L' = 2", dict(noise="none", block_size=2), 1),
-    ("BD3-LM, L' = 2, Gumbel Distillation", dict(block_size=2), 1),
-    ("BD3-LM, L' = 1", dict(noise="none", block_size=1), 1),
-    ("BD3-LM, L' = 1, Gumbel Distillation", dict(block_size=1), 1),
-]
-ABLATION_COLUMNS = {"model": "", "map": "", "seeds": "d", "nfe": ".3g", "valid": ".1%",
-                    "valid_sd": ".1%", "tv": ".3f", "tv_sd": ".3f", "distinct": ".3g",
-                    "agree_seq": ".3f", "agree_seq_sd": ".3f", "val_loss": ".3f",
-                    "val_loss_sd": ".3f"}
-# What the rows decide themselves, or what would make several of one.
-OWN = ("dataset noise noise_map inject labels loss block_size init_from clip teacher tau "
-       "temperature").split()
-
-
-def run_alone(cfg):
-    """run(cfg) on one core; what it prints goes to log.txt in its folder."""
+def run_alone(name, cfg):
+    """The rows of one run, on one core. What the run prints goes to log.txt in its folder."""
     torch.set_num_threads(1)
     os.makedirs(cfg.out_dir, exist_ok=True)
-    with open(os.path.join(cfg.out_dir, "log.txt"), "a") as f, contextlib.redirect_stdout(f):
-        return run(cfg)
+    with open(f"{cfg.out_dir}/log.txt", "a") as f, contextlib.redirect_stdout(f):
+        rows = run(cfg)
+    plain = ("mdlm", "bd3lm")                                   # these draw at temperature 1
+    rows = [r for r in rows if r.get("temperature") == float(r["model"] in plain)]
+    if name == "default":
+        rows += verified_rows(cfg)
+    return rows
 
 
-def ablate(cfg):
-    """Train what is missing of ABLATION; print the table and write it to ablation.json.
+def verified_rows(cfg):
+    """Rows of adaptive parallel decoding (R = 0.5) and of exact mode, for each student."""
+    cfg, rows = resolve(cfg), []
+    teacher, _, _ = load_model(f"{cfg.out_dir}/teacher.pt", cfg.device)
+    for student in cfg.students:
+        model, _, _ = load_model(f"{cfg.out_dir}/{student}.pt", cfg.device)
+        for mode, ratio in (("APD", 0.5), ("exact mode", 0.0)):
+            x, report = compare_exact(model, teacher, cfg.n_samples, cfg.seq_len, cfg.seed, None,
+                                      ratio)
+            rows.append({"model": f"{student}, {mode}", "nfe": 2 * report["rounds"],
+                         **load_data(cfg).judge(x)})
+    return rows
 
-    One row for each model and number of calls, and for APD: mean and standard deviation over seeds.
-    On a CPU as many runs at once as there are cores: these models are too small for two threads.
-    """
-    for name in OWN:
-        if getattr(cfg, name) != getattr(Config, name):
-            raise UserError(f"{flag(name)} {getattr(cfg, name)}: --ablate is the maze's table, "
-                            "whose rows say this themselves; leave it out, or edit ABLATION")
-    start, out = time.time(), cfg.out_dir or "out/maze-ablation"
-    jobs = []
-    for name, change, n_seeds in ABLATION:
-        settings = {"noise": "gumbel", **change}
-        maps = ["softmax", "draft"] if settings["noise"] != "none" else [None]
-        for noise_map in [settings.pop("noise_map")] if "noise_map" in settings else maps:
-            for seed in range(cfg.seed, cfg.seed + n_seeds):
-                words = re.findall(r"\w+", f"{name} {noise_map or ''}")
-                jobs.append((name, noise_map or "", dataclasses.replace(
-                    cfg, ablate=False, resume=True, nfe=cfg.nfe or "1,3", seed=seed,
-                    out_dir=f"{out}/{seed}/{'-'.join(words)}", noise_map=noise_map,
-                    teacher=f"{out}/{seed}/MDLM/teacher.pt" if name != "MDLM" else None,
-                    **settings)))
-    devices = {resolve(job[-1]).device for job in jobs}         # bad settings end here, untrained
-    n_workers = os.cpu_count() if devices == {"cpu"} else 1
-    runs = {}                                                   # (name, map): rows of each seed
-    with ProcessPoolExecutor(n_workers, get_context("spawn")) as pool:
-        try:
-            for wave in (True, False):                          # MDLM's runs train the teachers
-                some = [job for job in jobs if (job[0] == "MDLM") == wave]
-                futures = [pool.submit(run_alone, job[-1]) for job in some]
-                for (name, noise_map, job), future in zip(some, futures):
-                    rows = future.result()
-                    print(f"{job.out_dir} done, {time.time() - start:.0f} s", flush=True)
-                    # MDLM's rows by argmax are left out, APD's shown for the two main students
-                    runs.setdefault((name, noise_map), []).append([
-                        r for r in rows if r.get("temperature") == rows[2]["temperature"]
-                        or name in ("MDLM", "Gumbel Distillation") and "apd" in r["model"]])
-        except BaseException:  # Ctrl-C, too: runs under way save what they have, no other begins
-            pool.shutdown(cancel_futures=True)
-            raise
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args = add_flags(parser, *FLAGS, out_dir="out/ablation").parse_args()
+    jobs = {}                                                   # (name, seed): settings
+    for name, (change, n_seeds) in RUNS.items():
+        for seed in range(n_seeds):
+            out = f"{args.out_dir}/{seed}/{name.replace(' ', '-')}"
+            teacher = None if name == "default" else f"{args.out_dir}/{seed}/default/teacher.pt"
+            given = dict(vars(args), seed=seed, out_dir=out, teacher=teacher, nfe=[1, 3], **change)
+            jobs[name, seed] = Config(**given)
+            resolve(jobs[name, seed])                           # bad settings end here, untrained
+    done = {}                                                   # (name, seed): rows
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for is_first in (True, False):                          # the default runs train teachers
+            wave = [key for key in jobs if (key[0] == "default") == is_first]
+            for key, rows in zip(wave, pool.map(run_alone, [key[0] for key in wave],
+                                                [jobs[key] for key in wave])):
+                done[key] = rows
+                print(f"{jobs[key].out_dir} done", flush=True)
     table = []
-    for (name, noise_map), of_seeds in runs.items():
-        for same in zip(*of_seeds):                             # one row of each seed
-            apd = " + APD" if "apd" in same[0]["model"] else ""
-            table.append(dict(model=name + apd, map=noise_map, seeds=len(same)))
-            for column in ("nfe", "valid", "tv", "distinct", "agree_seq", "val_loss"):
+    for name, (_, n_seeds) in RUNS.items():
+        for same in zip(*[done[name, seed] for seed in range(n_seeds)]):   # a row of each seed
+            table.append(dict(run=name, model=same[0]["model"], seeds=n_seeds))
+            for column in ("nfe", "valid", "tv", "distinct", "agree_seq"):
                 values = [row[column] for row in same if column in row]
                 if values:
                     table[-1][column] = float(np.mean(values))
                 if len(values) > 1:
                     table[-1][column + "_sd"] = float(np.std(values, ddof=1))
-    with open(f"{out}/ablation.json", "w") as f:
+    with open(f"{args.out_dir}/ablation.json", "w") as f:
         json.dump(table, f, indent=1)
-    print_table(table, ABLATION_COLUMNS)
-    print(f"\n{out}/ablation.json written; {time.time() - start:.0f} s in all")
+    print_table(table, COLUMNS)
+
+
+if __name__ == "__main__":
+    run_cli(main)

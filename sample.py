@@ -1,17 +1,16 @@
 """Sample from trained models, and judge what they write.
 
     python sample.py                                       # the newest student under out/
-    python sample.py --ckpt out/maze/student-gumbel.pt --nfe 3 -n 4
+    python sample.py --ckpt out/maze/gumbel-draft.pt --nfe 3 -n 4
     python sample.py --prompt "To be, ____" --show-steps   # each _ is one token to fill in
     python sample.py --exact -n 1000                       # the teacher's own texts, drafted
     python sample.py --apd 0.5                             # drafted, and verified less strictly
-    python sample.py --ckpt A.pt B.pt --eval --nfe 1,4,16 --judge teacher --featurizer teacher
+    python sample.py --ckpt A.pt B.pt --eval --nfe 1 4 16 --judge teacher --featurizer teacher
 """
 
 import argparse
-import contextlib
+import dataclasses
 import glob
-import hashlib
 import itertools
 import json
 import math
@@ -19,64 +18,52 @@ import os
 import re
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from gumbel_distill import (COLUMNS, Config, Teacher, Tokenizer, UserError, add_flags,
-                            compare_exact, compare_with_teacher, default_temperatures, flag,
-                            generate, load_checkpoint, load_data, load_student, load_teacher,
-                            load_weights, numbers, print_table, resolve, rng, run_cli,
-                            sampling_batches, show, stratified_time, student_loss, token_entropy,
-                            weights_id)
-from text import load_transformers
+from data import COLUMNS, UserError, load_data, load_transformers, print_table, run_cli, show
+from data import token_entropy
+from gumbel_distill import Student, Teacher, add_flags, compare_with_teacher, flag, generate
+from gumbel_distill import load_model, load_teacher, resolve, rng, sampling_batches
+from gumbel_distill import sequence_noise, serial_extraction, stratified_times, student_loss
+from gumbel_distill import weights_id
 
-FLAGS = ("teacher nfe tau temperature top_p order apd lookahead seed device batch_size train_files "
-         "val_files out_dir").split()
+FLAGS = ("teacher nfe tau temperature top_p order seed device batch_size train_files val_files "
+         "out_dir").split()
 
 
 # -----------------------------------------------------------------------------
 # Models and prompts
-
 def newest_student():
-    paths = glob.glob("out/**/student-*.pt", recursive=True)
+    paths = [path for path in glob.glob("out/**/*.pt", recursive=True)
+             if not path.endswith("teacher.pt")]
     if not paths:
         raise UserError("no student under out/: train one with `python gumbel_distill.py`, or name "
                         "one with --ckpt")
     return max(paths, key=os.path.getmtime)
 
 
-def load_model(path, device):
-    """A Student or Teacher, its Tokenizer and what its checkpoint holds."""
-    saved = load_checkpoint(path, "student", "teacher")
-    if saved["kind"] == "student":
-        return *load_student(saved, device), saved
-    tokenizer = Tokenizer(**saved["tokenizer"])
-    teacher = load_weights(Teacher(Config(**saved["config"]), tokenizer), saved, device)
-    return teacher, tokenizer, saved
-
-
-def teacher_of(path, saved, given, tokenizer, cfg):
-    """The teacher named by --teacher, or the one the student was trained with."""
-    path = (given or saved["config"]["teacher"]
-            or os.path.join(os.path.dirname(path), "teacher.pt"))
-    teacher = load_teacher(path, tokenizer, cfg.seq_len, cfg.device)
-    if saved["kind"] == "student" and weights_id(teacher) != saved["settings"].get("teacher"):
-        print(f"note: {path} is not this student's teacher", file=sys.stderr)
+def teacher_of(path, saved, tokenizer, cfg):
+    """The teacher named by --teacher, or the one that the student at `path` learned from."""
+    beside = os.path.join(os.path.dirname(path), "teacher.pt")
+    name = cfg.teacher or saved["config"].teacher or beside
+    teacher = load_teacher(name, tokenizer, cfg)
+    if weights_id(teacher) != saved["settings"]["teacher"]:
+        print(f"note: {name} is not this student's teacher", file=sys.stderr)
     return teacher
 
 
 def prompt_ids(prompt, tokenizer, seq_len):
     """Token ids (T,) long of the prompt, vocab_size where a token is to be filled in.
 
-    That is so for each _ and for all after the prompt. GPT-2's tokens begin with their space, so
-    one before a gap belongs to what fills the gap.
+    A token is to be filled in at each _ and after the prompt. A token of GPT-2 begins with its
+    space, so the space before a gap belongs to what fills the gap.
     """
     ids = []
     for piece, gap in re.findall(r"([^_]*)(_*)", prompt):
-        if gap and tokenizer.words is None:
+        if tokenizer.words is None:
             piece = piece.rstrip(" ")
         ids += tokenizer.encode(piece, "--prompt").tolist() + [tokenizer.vocab_size] * len(gap)
     if len(ids) > seq_len:
@@ -90,9 +77,9 @@ def prompt_ids(prompt, tokenizer, seq_len):
     return known
 
 
-def print_steps(steps, tokenizer, seq_len):
+def print_steps(steps, tokenizer):
     """The unmasking of one text: _ where nothing stands yet, on a terminal green what is new."""
-    before = torch.full((seq_len,), tokenizer.vocab_size)
+    before = torch.full_like(steps[0], tokenizer.vocab_size)
     for number, row in enumerate(steps, 1):
         words = ["_" if i == tokenizer.vocab_size else tokenizer.decode([i]) for i in row.tolist()]
         if sys.stdout.isatty():
@@ -103,28 +90,112 @@ def print_steps(steps, tokenizer, seq_len):
     print()
 
 
-def verified(student, teacher, n, seq_len, seed, known, ratio, lookahead):
-    """Run exact mode or APD, print what it cost beside serial decoding; returns the texts."""
-    x, report = compare_exact(student, teacher, n, seq_len, seed, known, ratio, lookahead)
-    rounds, serial = report["rounds"], (known == teacher.vocab_size).sum().item()
-    name = f"APD, R = {ratio:g}" if ratio else "exact mode"
-    print(f"{name:15} {rounds:.2f} rounds per text: {rounds:.2f} student + {rounds:.2f} "
-          f"teacher calls, {report['seconds']:.2f} s for {n} texts")
+# -----------------------------------------------------------------------------
+# Exact mode and adaptive parallel decoding: student and teacher share the noise
+@torch.no_grad()
+def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, on_round=None):
+    """The student drafts, the teacher verifies: exact mode, or adaptive parallel decoding (APD).
+
+    Each round drafts all masked tokens in one call of the student: argmax(s) with s = logp + xi, or
+    s = the logits of a student that has read xi. One call of the teacher gives the answer
+    argmax(ratio s + (1 - ratio) (logp_teacher + xi)) at all positions. An answer is valid if all
+    tokens before it are right. So the prefix where draft and answer agree is kept, and the next
+    token of the answer. The rest is masked again.
+
+    ratio 0: exact mode. The text equals serial_extraction(teacher, xi), up to rounding, in fewer
+    rounds. Without a student the teacher's last answer is the next draft (predictive sampling,
+    Wiggers & Hoogeboom 2020). ratio above 0: APD (Israel et al. 2025).
+
+    Args:    xi (B, T, V) Gumbel noise;  xt (B, T) known tokens, at the left only, mask_id = V after
+             on_round: called after each round with the numbers (b,) of the texts that were open,
+             draft and answer (b, T), and n_keep (b,), how many tokens of the answer stand now
+    Returns: x0 (B, T) long;  rounds (B,) long, each one student and one teacher call
+    """
+    B, T, V = xi.shape
+    x = torch.full((B, T), V, device=xi.device) if xt is None else xt.clone()
+    if student is None:  # the first draft is the teacher's argmax text
+        guess = serial_extraction(teacher, torch.zeros_like(xi[:1])).repeat(B, 1)          # (B, T)
+    rounds = torch.zeros(B, dtype=torch.long, device=xi.device)
+    live = (x == V).any(dim=1).nonzero()[:, 0]                  # numbers of the unfinished texts
+    while len(live):
+        draft, is_masked = x[live], x[live] == V                # (b, T)
+        if student is None:
+            draft[is_masked] = guess[live][is_masked]
+        else:
+            noise = xi[live][is_masked]                         # (M, V)
+            score = student(draft, noise)                       # (M, V)
+            if not student.noise:
+                score = score + noise
+            draft[is_masked] = score.argmax(dim=-1)
+        target = teacher(draft) + xi[live]                      # (b, T, V)
+        if ratio > 0:
+            target[is_masked] = ratio * score + (1 - ratio) * target[is_masked]
+        answer = target.argmax(dim=-1)                          # (b, T)
+        agree = (draft == answer) | ~is_masked
+        n_agree = agree.long().cumprod(dim=1).sum(dim=1)        # (b,) length of the agreeing prefix
+        n_keep = (n_agree + 1).clamp(max=T)
+        is_kept = torch.arange(T, device=x.device) < n_keep[:, None]
+        x[live] = torch.where(is_kept, torch.where(is_masked, answer, draft), V)
+        if student is None:
+            guess[live] = answer
+        if on_round:
+            on_round(live, draft, answer, n_keep)
+        rounds[live] += 1
+        live = live[n_keep < T]
+    return x, rounds
+
+
+@torch.no_grad()
+def compare_exact(student, teacher, n, seq_len, seed, known=None, ratio=0.0):
+    """draft_and_verify beside serial decoding on the same noise.
+
+    Returns: the texts (n, T), and a dict: rounds per text; equal, the share of texts equal to those
+    of serial decoding; near_ties, how many of these differ, but only from where the teacher's two
+    best tokens lie within 1e-4, which float32 rounds either way; seconds and serial_seconds
+    """
+    texts, sums = [], dict(rounds=0, equal=0, near_ties=0, seconds=0.0, serial_seconds=0.0)
+    for index in sampling_batches(n, seq_len, teacher.vocab_size):
+        xi, _ = sequence_noise(seed, index, seq_len, teacher)
+        xt = None if known is None else known.expand(len(index), seq_len)
+        start = time.perf_counter()
+        x, rounds = draft_and_verify(student, teacher, xi, xt, ratio)
+        sums["rounds"] += rounds.sum().item() / n               # .item() waits for a GPU
+        sums["seconds"] += time.perf_counter() - start
+        start = time.perf_counter()
+        serial = serial_extraction(teacher, xi, xt)
+        differs = x != serial                                   # (B, T)
+        is_equal = ~differs.any(dim=1)                          # (B,)
+        sums["equal"] += is_equal.sum().item() / n
+        sums["serial_seconds"] += time.perf_counter() - start
+        best = (teacher(serial) + xi).topk(2, dim=-1).values    # (B, T, 2)
+        gap = best[..., 0] - best[..., 1]
+        first = differs.long().argmax(dim=1, keepdim=True)      # where a text begins to differ
+        is_tie = ~is_equal & (gap.gather(1, first)[:, 0] < 1e-4)
+        sums["near_ties"] += is_tie.sum().item()
+        sums["equal"] += is_tie.sum().item() / n
+        texts.append(x)
+    return torch.cat(texts), sums
+
+
+def verified(student, teacher, n, seed, known, ratio):
+    """Run exact mode or APD, and print what it cost beside serial decoding; returns the texts."""
+    n_serial = (known == teacher.vocab_size).sum().item()
+    x, report = compare_exact(student, teacher, n, len(known), seed, known, ratio)
+    lines = [(f"APD, R = {ratio:g}" if ratio else "exact mode", 2 * report["rounds"], report)]
     if not ratio:
-        _, alone = compare_exact(None, teacher, n, seq_len, seed, known)
-        print(f"no student      {alone['rounds']:.2f} rounds per text: {alone['rounds']:.2f} "
-              f"teacher calls, {alone['seconds']:.2f} s")
-    print(f"serial teacher  {serial} calls per text, {report['serial_seconds']:.2f} s")
-    print(f"speed-up        {serial / (2 * rounds):.2f}x in calls of both models, "
-          f"{report['serial_seconds'] / report['seconds']:.2f}x in time")
+        _, alone = compare_exact(None, teacher, n, len(known), seed, known)
+        lines.append(("no student", alone["rounds"], alone))
+    lines.append(("serial teacher", n_serial, {"seconds": report["serial_seconds"]}))
+    for name, calls, of in lines:
+        rounds = f"{of['rounds']:.2f} rounds, " if "rounds" in of else ""
+        print(f"{name:15} {rounds}{calls:.2f} calls per text, {of['seconds']:.2f} s for {n} texts")
     print(f"equal to serial {round(report['equal'] * n)} of {n} texts ({report['near_ties']} of "
           "them but for a near-tie, which float32 rounds either way)\n")
     return x
 
 
 # -----------------------------------------------------------------------------
-# Judges: generative perplexity, MAUVE, distinct-n
-
+# Judges: generative perplexity, MAUVE, distinct-n, NELBO
 OWN_MODEL = "the word teacher: our own AR model"
 
 
@@ -133,8 +204,7 @@ def hf_nll(texts, model, tokenizer, device="cpu"):
     """Sum of -log p in nats, and number of tokens scored, of texts under a transformers model.
 
     Texts are tokenised anew for the judge. The first token of a text and ends of text are not
-    scored; what is longer than the judge can read is read in windows that overlap by half, each
-    token scored once, with at least half a window before it.
+    scored. A text that is longer than the judge can read is read in windows that overlap by half.
     """
     longest = getattr(model.config, "max_position_embeddings", 1024)
     total, count = 0.0, 0
@@ -145,11 +215,12 @@ def hf_nll(texts, model, tokenizer, device="cpu"):
         done = 1                                                # tokens before are scored, or first
         for start in range(0, len(ids), max(1, longest // 2)):
             window = ids[start:start + longest]
-            if start + len(window) <= done:
+            n_old = done - start                                # of the window, scored before
+            if n_old >= len(window):
                 continue
             logp = model(window[None]).logits[0, :-1].float().log_softmax(dim=-1)
-            nll = -logp.gather(-1, window[1:, None])[done - start - 1:, 0]
-            is_scored = window[done - start:] != tokenizer.eos_token_id
+            nll = -logp.gather(-1, window[1:, None])[n_old - 1:, 0]
+            is_scored = window[n_old:] != tokenizer.eos_token_id
             total += nll[is_scored].sum().item()
             count += is_scored.sum().item()
             done = start + len(window)
@@ -187,19 +258,6 @@ def text_features(texts, name, max_tokens):
     return get_features_from_input(None, None, texts, name, max_tokens, device, "texts", 16)
 
 
-@contextlib.contextmanager
-def quiet_stderr():
-    """faiss, below mauve-text, warns of few points in C++, five lines a score; we warn once."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
-
-
 def mauve(p, q, seeds=range(25, 30)):
     """MAUVE (Pillutla et al. 2021) of features p, q (n, d): mean and spread over k-means seeds.
 
@@ -210,29 +268,34 @@ def mauve(p, q, seeds=range(25, 30)):
         if not np.isfinite(f).all() or n_distinct < max(5, len(f) // 20):
             raise ValueError(f"only {n_distinct} of {len(f)} {name} features are distinct")
     from mauve import compute_mauve
-    with quiet_stderr():
+    stderr = os.dup(2)                                          # faiss warns of few points in C++
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
         scores = [compute_mauve(p_features=p, q_features=q, seed=seed).mauve for seed in seeds]
+    finally:
+        os.dup2(stderr, 2)
     return float(np.mean(scores)), float(np.std(scores, ddof=1))
 
 
 @torch.no_grad()
 def nelbo(student, x0, n_draws=20):
-    """MDLM's or BD3-LM's bound on -log p of texts x0 (N, T), nats per token, for noise none.
+    """MDLM's or BD3-LM's bound on -log p of texts x0 (N, T), nats per token, without noise.
 
-    Returns: its mean over n_draws of times and masks, and the standard error of that. In blocks of
-    one token it is -log p itself, at t = 1 and without any error.
+    Returns: its mean over n_draws of times and masks, and the standard error of this mean. In
+    blocks of one token the bound is -log p itself, at t = 1, without any error.
     """
     n, means = x0.size(1) // student.block_size, []
     if student.block_size == 1:
         n_draws = 1
     for draw in range(n_draws):
-        g = rng("nelbo", draw)
-        strata = torch.randperm(len(x0) * n, generator=g).view(len(x0), n)
-        t = stratified_time(strata, len(x0) * n, torch.rand(len(x0), n, generator=g))
-        t = torch.ones_like(t) if student.block_size == 1 else t
-        parts = zip(x0.split(256), t.to(x0.device).split(256))
-        means.append(sum(student_loss(student, None, rows, times, ("nelbo", draw, i)).item()
-                         * len(rows) for i, (rows, times) in enumerate(parts)) / len(x0))
+        g, total = rng("nelbo", draw, device=x0.device), 0.0
+        for rows in x0.split(256):
+            t = stratified_times(torch.rand(len(rows), n, generator=g, device=x0.device))
+            if student.block_size == 1:
+                t = torch.ones_like(t)
+            order = torch.randperm(len(rows), generator=g, device=x0.device)
+            total += student_loss(student, None, rows[order], t, g).item() * len(rows)
+        means.append(total / len(x0))
     error = np.std(means, ddof=1) / n_draws**0.5 if n_draws > 1 else 0.0
     return float(np.mean(means)), float(error)
 
@@ -245,266 +308,189 @@ def distinct_n(x, n):
 
 # -----------------------------------------------------------------------------
 # Evaluation: one row for each checkpoint and setting
-
 EVAL_COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "gen_ppl": ".2f",
                 "mauve": ".3f", "mauve_sd": ".3f", "nelbo": ".4f", "nelbo_se": ".4f",
                 "distinct_1": ".3f", "distinct_2": ".3f", "samples_s": ".1f"}
 
 
-class Evaluation:
-    """The judges, the references and the rows that are done, of one table."""
+def judged(x, tokenizer, teacher, data, args, cfg):
+    """The scores of texts x (N, T) that need no reference, as a dict."""
+    if args.judge == "teacher":
+        total, count = teacher_nll(x, teacher)
+    else:
+        judge = load_transformers(args.judge, "--judge", OWN_MODEL)
+        total, count = hf_nll([tokenizer.decode(row) for row in x], *judge, device=cfg.device)
+    return {"gen_ppl": math.exp(total / max(1, count)), "entropy": token_entropy(x),
+            "distinct_1": distinct_n(x, 1), "distinct_2": distinct_n(x, 2), **data.judge(x)}
 
-    def __init__(self, args, cfg, tokenizer, teacher, data):
-        self.args, self.cfg, self.tokenizer, self.teacher = args, cfg, tokenizer, teacher
-        self.data, self.path = data, os.path.join(cfg.out_dir, "results.json")
-        self.judge = None if args.judge == "teacher" else load_transformers(
-            args.judge, "--judge", OWN_MODEL)
-        rows = data.val_rows(2 * args.n_samples).to(cfg.device)
-        self.n = min(args.n_samples, len(rows) // 2)
-        if self.n < args.n_samples:
-            print(f"warning: the validation text yields {len(rows)} texts: MAUVE compares {self.n} "
-                  f"with {self.n}, not {args.n_samples}", file=sys.stderr)
-        if self.n < 1000 or cfg.seq_len < 32:
-            print(f"warning: {self.n} texts of {cfg.seq_len} tokens are few for MAUVE; compare "
-                  "scores of this table only, and with the ceiling", file=sys.stderr)
-        self.references, self.others = rows[:self.n], rows[self.n:2 * self.n]
-        self.text_id = hashlib.sha1(rows.cpu().numpy().tobytes()).hexdigest()
-        self.reference_features = self.features(self.references)
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        self.rows, self.bounds = {}, {}
-        if os.path.exists(self.path):
-            with open(self.path) as f:
-                self.rows = {row["key"]: row for row in json.load(f)}
 
-    def decode(self, x):
-        return [self.tokenizer.decode(row) for row in x.tolist()]
-
-    def features(self, x):
-        if self.args.featurizer == "teacher":
-            return teacher_features(x, self.teacher)
-        return text_features(self.decode(x), self.args.featurizer, self.cfg.seq_len)
-
-    def add(self, make, student=None, **about):
-        """The row of texts make(), computed unless it is there from an earlier call."""
-        args = self.args
-        key = hashlib.sha1(repr((sorted(about.items(), key=str), args.n_samples, self.cfg.seed,
-                                 args.judge, args.featurizer, self.text_id,
-                                 weights_id(self.teacher))).encode()).hexdigest()
-        if key in self.rows:
-            return self.rows[key]
-        start = time.perf_counter()
-        x = make()                                              # (N, T)
-        row = dict(about)
-        if "nfe" in about:
-            row["samples_s"] = len(x) / (time.perf_counter() - start)
-        total, count = (teacher_nll(x, self.teacher) if self.judge is None else
-                        hf_nll(self.decode(x), *self.judge, device=self.cfg.device))
-        row.update(gen_ppl=math.exp(total / max(1, count)), entropy=token_entropy(x),
-                   distinct_1=distinct_n(x, 1), distinct_2=distinct_n(x, 2), **self.data.judge(x))
-        try:
-            row["mauve"], row["mauve_sd"] = mauve(self.features(x[:self.n]),
-                                                  self.reference_features)
-        except ValueError as e:
-            print(f"warning: no MAUVE for {about}: {e}", file=sys.stderr)
-        if student and student.noise == "none":
-            if about["weights"] not in self.bounds:
-                self.bounds[about["weights"]] = nelbo(student, self.references)
-            row["nelbo"], row["nelbo_se"] = self.bounds[about["weights"]]
-        if about.get("temperature") == 0 and about.get("tau") == 1:
-            teacher_text = generate(self.teacher, len(x), self.cfg.seq_len, self.cfg.seed,
-                                    batch_size=self.cfg.batch_size)
-            scores = compare_with_teacher(x, teacher_text, self.teacher, self.cfg.seed)
-            row.update({k: scores[k] for k in ("agree_token", "shuffled", "agree_seq", "accept")})
-        self.rows[key] = {"key": key, **row}
-        with open(self.path + ".tmp", "w") as f:
-            json.dump(list(self.rows.values()), f, indent=1)
-        os.replace(self.path + ".tmp", self.path)
-        return self.rows[key]
+def features_of(x, tokenizer, teacher, args):
+    if args.featurizer == "teacher":
+        return teacher_features(x, teacher)
+    return text_features([tokenizer.decode(row) for row in x], args.featurizer, x.size(1))
 
 
 def evaluate(paths, args, cfg):
-    """Print and save the table, draw the picture; returns the rows."""
+    """Print and save the table; returns the rows.
+
+    The rows: real text against other real text (the ceiling), the teacher, each student with each
+    setting of the sampler. results.json is written after each row.
+    """
     models = [load_model(path, cfg.device) for path in paths]
-    _, tokenizer, saved = models[0]
+    first, tokenizer, saved = models[0]
     for path, (_, other, there) in zip(paths, models):
-        if other.state != tokenizer.state or there["config"]["seq_len"] != cfg.seq_len:
-            raise UserError(f"{path}: {other.vocab_size} tokens of text, length "
-                            f"{there['config']['seq_len']}, does not compare with {paths[0]}: "
-                            f"{tokenizer.vocab_size}, {cfg.seq_len}; put them into two tables")
-    teacher = next((m for m, _, _ in models if isinstance(m, Teacher)), None)
-    teacher = teacher or teacher_of(paths[0], saved, args.teacher, tokenizer, cfg)
+        if other.state != tokenizer.state or there["config"].seq_len != cfg.seq_len:
+            raise UserError(f"{path}: does not compare with {paths[0]}, which has other tokens or "
+                            "another length; put them into two tables")
     data = load_data(cfg)
     if data.tokenizer.state != tokenizer.state:
         raise UserError(f"{paths[0]} knows other tokens than the text at hand; name the text that "
                         "it was trained on with --train-files and --val-files")
-    table, n = Evaluation(args, cfg, tokenizer, teacher, data), args.n_samples
-    common = dict(seed=cfg.seed, batch_size=cfg.batch_size)
-    rows = [table.add(lambda: table.others, model="real text (ceiling)"),
-            table.add(lambda: generate(teacher, n, cfg.seq_len, progress="teacher", **common),
-                      model="teacher", nfe=cfg.seq_len, weights=weights_id(teacher))]
-    for path, (model, _, _) in zip(paths, models):
+    is_teacher = isinstance(first, Teacher)
+    teacher = first if is_teacher else teacher_of(paths[0], saved, tokenizer, cfg)
+    real = data.val_rows(2 * cfg.n_samples).to(cfg.device)
+    n = len(real) // 2
+    if n < 1000 or cfg.seq_len < 32:
+        print(f"warning: {n} texts of {cfg.seq_len} tokens are few for MAUVE; compare scores of "
+              "this table only, and with the ceiling", file=sys.stderr)
+    reference = features_of(real[:n], tokenizer, teacher, args)
+    teacher_text = generate(teacher, cfg.n_samples, cfg.seq_len, cfg.seed, None, cfg.batch_size,
+                            "teacher")
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    path, rows = os.path.join(cfg.out_dir, "results.json"), []
+
+    def add(x, **about):
+        rows.append({**about, **judged(x, tokenizer, teacher, data, args, cfg)})
+        try:
+            features = features_of(x[:n], tokenizer, teacher, args)
+            rows[-1]["mauve"], rows[-1]["mauve_sd"] = mauve(features, reference)
+        except ValueError as e:
+            print(f"warning: no MAUVE for {about}: {e}", file=sys.stderr)
+        if about.get("temperature") == 0 and about["tau"] == 1:  # the noise alone decided
+            rows[-1].update(compare_with_teacher(x, teacher_text, teacher, cfg.seed))
+        with open(path, "w") as f:
+            json.dump(rows, f, indent=1)
+
+    add(real[n:], model="real text (ceiling)")
+    add(teacher_text, model="teacher", nfe=cfg.seq_len)
+    for ckpt, (model, _, _) in zip(paths, models):
         if isinstance(model, Teacher):
             continue
-        name = os.path.join(os.path.basename(os.path.dirname(path)), model.name)
-        taus = numbers(cfg, "tau") if model.noise != "none" else [1.0]
-        temperatures = numbers(cfg, "temperature") or default_temperatures(model, cfg)[:1]
-        for nfe, tau, temperature in itertools.product(numbers(cfg, "nfe"), taus, temperatures):
-            settings = dict(nfe=nfe, tau=tau, temperature=temperature, top_p=cfg.top_p,
-                            order=cfg.order)
-            calls = model.nfe_of_text(nfe)
-            rows.append(table.add(
-                lambda: generate(model, n, cfg.seq_len, progress=f"{name}, nfe {calls}", **settings,
-                                 **common),
-                model, model=name, weights=weights_id(model), steps=nfe,
-                **{**settings, "nfe": calls}))
-    print_table(rows, {**EVAL_COLUMNS, **COLUMNS, "nfe": "d"})
-    print(f"\n{table.path} written" + plot(rows, os.path.join(cfg.out_dir, "quality_vs_nfe.png")))
+        bound = {}
+        if not model.noise:
+            bound["nelbo"], bound["nelbo_se"] = nelbo(model, real[:n])
+        name = os.path.join(os.path.basename(os.path.dirname(ckpt)), model.name)
+        taus = cfg.tau if model.noise else [1.0]
+        temperatures = cfg.temperature or [0.0 if model.noise else 1.0]
+        for tau, temperature, nfe in itertools.product(taus, temperatures, cfg.nfe):
+            settings = dict(tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
+            start = time.perf_counter()
+            x = generate(model, cfg.n_samples, cfg.seq_len, cfg.seed, None, cfg.batch_size,
+                         f"{name}, {nfe} steps", nfe=nfe, **settings)
+            x[-1, -1].item()                                    # waits for a GPU
+            add(x, model=name, nfe=model.nfe_of_text(nfe), **settings, **bound,
+                samples_s=len(x) / (time.perf_counter() - start))
+    print_table(rows, {**EVAL_COLUMNS, **COLUMNS})
+    print(f"\n{path} written; notebooks/classroom.py --judged {cfg.out_dir} draws it")
     return rows
-
-
-def plot(rows, path):
-    """Quality against NFE, a line for each student, the teacher dashed; returns what to print."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "; no picture: matplotlib is not installed (pip install matplotlib)"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
-    panels = {"gen_ppl": "generative perplexity", "mauve": "MAUVE",
-              "agree_token": "agreement with the teacher"}
-    panels = {k: v for k, v in panels.items() if any(k in r for r in rows)}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False,
-                                layout="constrained")
-    lines = {}
-    for row in rows[2:]:
-        label = f"{row['model']}, tau {row['tau']:g}, temperature {row['temperature']:g}"
-        lines.setdefault(label, []).append(row)
-    for axis, (column, title) in zip(axes[0], panels.items()):
-        for i, (label, line) in enumerate(lines.items()):
-            points = sorted((r["nfe"], r[column]) for r in line if column in r)
-            if points:
-                axis.plot(*zip(*points), marker="osD^v<>"[i % 7], color=f"C{i}", label=label)
-        for row, style in zip(rows[1::-1], ("--", ":")):
-            if column in row and column != "agree_token":
-                axis.axhline(row[column], color="black", linestyle=style, label=row["model"])
-        axis.set(xscale="log", xlabel="function evaluations (NFE)", ylabel=title)
-        axis.set_xticks(sorted({r["nfe"] for line in lines.values() for r in line}))
-        if column == "gen_ppl":
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        else:
-            axis.set_ylim(0, 1.02)
-        for ticks in (axis.xaxis, axis.yaxis):
-            ticks.set_major_formatter("{x:g}")
-            ticks.set_minor_formatter("")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
-                  fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return f", {path} drawn"
 
 
 # -----------------------------------------------------------------------------
 # Command line
+def check(args, cfg, model, path, known):
+    """UserError for flags that do not go together, and for texts that `model` cannot write."""
+    T, is_open, is_teacher = len(known), known == model.vocab_size, isinstance(model, Teacher)
+    L, longest = (1, math.inf) if is_teacher else (model.block_size, model.seq_len)
+    is_plain = (cfg.tau[0], cfg.top_p, (cfg.temperature or [0])[0]) == (1, 1, 0)
+    is_verified = args.apd is not None
+    block = torch.arange(T) // (1 if is_verified else L)        # the teacher decides one by one
+    for is_wrong, message in [
+            (args.ckpt and len(args.ckpt) > 1, "--ckpt: give one checkpoint without --eval"),
+            (max(len(cfg.nfe), len(cfg.tau), len(cfg.temperature or [])) > 1,
+             "--nfe, --tau, --temperature: give one number each without --eval"),
+            (is_verified and not 0 <= args.apd <= 1, f"--apd {args.apd}: must lie between 0 and 1"),
+            (is_verified and (is_teacher or not L == T == longest), f"{path}: --exact and --apd "
+             "need a student that drafts a whole text: no teacher, no --block-size, no --length"),
+            (is_verified and not is_plain, "--exact and --apd read the noise as it is: leave "
+             "--tau, --top-p and --temperature out"),
+            (T % L and T > L or T > longest and 2 * L > longest,
+             f"--length {T}: {path} writes blocks of {L} with {longest} tokens in view; train with "
+             "a smaller --block-size, or give another length"),
+            ((block[~is_open] > block[is_open].min()).any(),
+             f"--prompt {args.prompt!r}: what comes after the gap is not seen when text is written "
+             "from left to right; end the prompt before the gap")]:
+        if is_wrong:
+            raise UserError(message)
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", nargs="+", help="checkpoints (the newest student under out/)")
-    parser.add_argument("-n", "--n-samples", type=int, metavar="int",
-                        help="texts (4; with --eval 1000)")
-    parser.add_argument("--length", type=int, metavar="int", help="tokens of a text (the model's "
-                        "seq_len); students with --block-size may write longer ones")
+    parser.add_argument("-n", type=int, help="number of texts (4; with --eval 1000)")
+    parser.add_argument("--length", type=int, help="tokens of a text (the model's seq_len); "
+                        "students in blocks may write longer ones")
     parser.add_argument("--prompt", default="", help="text to begin with; each _ is one token to "
                         "fill in")
-    parser.add_argument("--exact", action="store_true", help="the student drafts, the teacher "
-                        "verifies: what the teacher alone would write, in fewer calls")
+    parser.add_argument("--apd", type=float, metavar="R", help="adaptive parallel decoding: the "
+                        "student drafts, the teacher verifies; 1 is the student alone")
+    parser.add_argument("--exact", dest="apd", action="store_const", const=0.0, help="--apd 0: "
+                        "what the teacher alone would write, in fewer calls")
     parser.add_argument("--show-steps", action="store_true", help="print how a text is unmasked")
     parser.add_argument("--out", help="write the texts to this file, one JSON object a line")
-    parser.add_argument("--eval", action="store_true", help="judge the checkpoints: table, picture")
+    parser.add_argument("--eval", action="store_true", help="judge the checkpoints, in a table")
     parser.add_argument("--judge", default="gpt2-large", help="with --eval: whose perplexity; a "
                         "causal model of transformers, a folder, or teacher (gpt2-large)")
     parser.add_argument("--featurizer", default="gpt2-large", help="with --eval: whose features "
                         "MAUVE compares, likewise (gpt2-large)")
-    add_flags(parser, *FLAGS, nfe="8", batch_size=1000, apd=None)
+    add_flags(parser, *FLAGS, nfe=[8], batch_size=1000, out_dir="out/eval")
     args = parser.parse_args()
     paths = args.ckpt or [newest_student()]
     model, tokenizer, saved = load_model(paths[0], "cpu")
-    n = args.n_samples = (1000 if args.eval else 4) if args.n_samples is None else args.n_samples
     given = {name: getattr(args, name) for name in FLAGS}
-    given["out_dir"] = args.out_dir or "out/eval"
     for name in ("train_files", "val_files"):
-        given[name] = given[name] or saved["config"][name]
-    cfg = resolve(replace(Config(**saved["config"]), grad_accum=1, n_samples=n, **given))
-    is_verified = args.exact or args.apd is not None
-    if is_verified and args.show_steps:
-        raise UserError("--show-steps shows the steps of a student that writes alone; leave it, or "
-                        "--exact and --apd, out")
-    if args.exact and args.apd is not None:
-        raise UserError(f"--exact is --apd 0, not --apd {args.apd:g}; give one of them")
-    if args.length is not None and args.length < 1:
-        raise UserError(f"--length {args.length}: must be 1 or more")
+        given[name] = given[name] or getattr(saved["config"], name)
+    n = (1000 if args.eval else 4) if args.n is None else args.n
+    cfg = resolve(dataclasses.replace(saved["config"], grad_accum=1, n_samples=n, **given))
     if args.eval:
-        for name in ("prompt", "exact", "apd", "show_steps", "out", "length"):
-            if getattr(args, name) != parser.get_default(name):
-                raise UserError(f"{flag(name)} does not go with --eval, which judges whole texts")
+        if args.prompt or args.apd is not None or args.show_steps or args.out or args.length:
+            raise UserError("--eval judges whole texts: leave --prompt, --exact, --apd, "
+                            "--show-steps, --out and --length out")
         evaluate(paths, args, cfg)
-        return
-    for name in ("nfe", "tau", "temperature"):
-        if len(numbers(cfg, name)) > 1:
-            raise UserError(f"{flag(name)} {getattr(cfg, name)}: give one number without --eval")
-    if len(paths) > 1:
-        raise UserError("--ckpt: give one checkpoint without --eval")
-    model, seq_len = model.to(cfg.device), args.length or cfg.seq_len
-    known = prompt_ids(args.prompt, tokenizer, seq_len).to(cfg.device)
-    print(f"{paths[0]}: {model.name}, step {saved['step']}, {cfg.dataset}")
-    settings = dict(tau=numbers(cfg, "tau")[0])
-    if saved["kind"] == "student":
-        settings.update(nfe=numbers(cfg, "nfe")[0], top_p=cfg.top_p, order=cfg.order,
-                        temperature=default_temperatures(model, cfg)[0])
-    is_open = known == tokenizer.vocab_size
-    if is_verified:
-        mode = "--exact" if args.exact else "--apd"
-        if saved["kind"] == "teacher":
-            raise UserError(f"{paths[0]}: holds a teacher, {mode} needs a student")
-        if model.is_block or seq_len != cfg.seq_len:
-            raise UserError(f"{mode}: the student must draft a whole text at once; use one trained "
-                            "without --block-size, and no --length")
-        if (numbers(cfg, "tau"), cfg.top_p, numbers(cfg, "temperature") or [0]) != ([1], 1, [0]):
-            raise UserError(f"{mode} goes with --tau 1, --top-p 1 and --temperature 0: it reads "
-                            "the noise as it is; leave these flags out")
-        if (is_open[:-1] & ~is_open[1:]).any():
-            raise UserError(f"{mode} with --prompt {args.prompt!r}: the teacher writes from left "
-                            "to right, it cannot fill a gap; end the prompt before it")
-        teacher = teacher_of(paths[0], saved, args.teacher, tokenizer, cfg)
-        ratio, lookahead = (0.0, None) if args.exact else (cfg.apd, cfg.lookahead)
-        x = verified(model, teacher, n, seq_len, cfg.seed, known, ratio, lookahead)
     else:
-        block = torch.arange(seq_len, device=cfg.device) // getattr(model, "block_size", 1)
-        if (block[~is_open] > block[is_open].min()).any():
-            raise UserError(f"--prompt {args.prompt!r}: {paths[0]} writes from left to right and "
-                            "does not see what comes after the gap; end the prompt before it, or "
-                            "use a student without --block-size")
-        steps = []
-        try:
-            if args.show_steps and saved["kind"] == "student":
-                generate(model, 1, seq_len, cfg.seed, known, **settings,
-                         on_step=lambda xt: steps.append(xt[0].cpu()))
-                print_steps(steps, tokenizer, seq_len)
-            x = generate(model, n, seq_len, cfg.seed, known, cfg.batch_size, "texts", **settings)
-        except ValueError as e:
-            raise UserError(f"--length {seq_len}: {e}; train with --block-size, or give another "
-                            "length") from e
+        write(args, cfg, model.to(cfg.device), tokenizer, saved, paths[0])
+
+
+def write(args, cfg, model, tokenizer, saved, path):
+    """Texts of one model, printed or written to a file."""
+    n, settings = cfg.n_samples, dict(tau=cfg.tau[0])
+    T = cfg.seq_len if args.length is None else args.length
+    if T < 1:
+        raise UserError(f"--length {T}: must be 1 or more")
+    known = prompt_ids(args.prompt, tokenizer, T)
+    check(args, cfg, model, path, known)
+    known = known.to(cfg.device)
+    print(f"{path}: {model.name}, step {saved['step']}, {cfg.dataset}")
+    if isinstance(model, Student):
+        temperature = cfg.temperature[0] if cfg.temperature else float(not model.noise)
+        settings.update(nfe=cfg.nfe[0], top_p=cfg.top_p, order=cfg.order, temperature=temperature)
+    if args.apd is not None:
+        teacher = teacher_of(path, saved, tokenizer, cfg)
+        x = verified(model, teacher, n, cfg.seed, known, args.apd)
+    else:
+        if args.show_steps and isinstance(model, Student):
+            steps = []
+            generate(model, 1, T, cfg.seed, known, **settings,
+                     on_step=lambda text: steps.append(text[0].cpu()))
+            print_steps(steps, tokenizer)
+        x = generate(model, n, T, cfg.seed, known, cfg.batch_size, "texts", **settings)
     if args.out:
         with open(args.out, "w") as f:
             for i, row in enumerate(x.tolist()):
-                f.write(json.dumps(dict(index=i, seed=cfg.seed, text=tokenizer.decode(row), ids=row,
-                                        **settings)) + "\n")
+                text = dict(index=i, seed=cfg.seed, text=tokenizer.decode(row), ids=row, **settings)
+                f.write(json.dumps(text) + "\n")
         print(f"{n} texts written to {args.out}")
         return
-    if is_verified and n > 4:
-        print(f"the first 4 of {n} texts:\n")
-    for row in x[:4] if is_verified else x:
+    for row in x[:4] if args.apd is not None else x:
         print(show(row.cpu(), cfg.dataset, tokenizer) + "\n")
 
 

@@ -2,12 +2,12 @@
 
     python notebooks/classroom.py                     # both, of out/maze
     python notebooks/classroom.py --log out/maze      # a run's log.jsonl, as out/maze/log.png
+    python notebooks/classroom.py --judged out/eval   # the table of `sample.py --eval`
 """
 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,31 +18,44 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "notebooks" / "figures"
 sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
 
-BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"     # safe for the colour-blind
-STYLE = {"mdlm": (RED, "s", "MDLM"), "bd3lm": (RED, "s", "BD3-LM"),
-         "gumbel": (BLUE, "o", "with Gumbel noise"), "teacher": ("black", "D", "AR teacher")}
+# Colours that the colour-blind can tell apart, too (Okabe and Ito).
+RED, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#999999"
+STYLE = {  # colour, marker and label of each model in all pictures
+    "mdlm": (RED, "s", "MDLM"),
+    "bd3lm": (RED, "s", "BD3-LM"),
+    "gumbel": (BLUE, "o", "paper's map"),
+    "gumbel-draft": (GREEN, "^", "ours (drafts)"),
+    "teacher": ("black", "D", "AR teacher"),
+}
+MASK = data.MAZE_SIZE**2        # id of [MASK] in the maze
 
 
-def where(name, **small):
-    """Settings that say where a notebook's run is kept: out/<name>, shared with the commands.
+def label(model):
+    """The label of a Teacher or Student in all pictures and tables."""
+    return STYLE[model.name][2]
 
-    The tests set GD_SMALL to a folder: then it is there, and trained with the settings `small`.
+
+def where(name):
+    """The settings that name a notebook's folder: out/NAME, which the commands use, too.
+
+    The tests set GD_SMALL to a folder. Then the run is in that folder, and it is short.
     """
     folder = os.environ.get("GD_SMALL")
     if folder:
-        return {"out_dir": f"{folder}/{name}", "max_steps": 20, "eval_every": 20, **small}
+        return {"out_dir": f"{folder}/{name}", "max_steps": 20, "eval_every": 20}
     return {"out_dir": os.path.relpath(ROOT / "out" / name)}
 
 
 def size(n):
-    """Number of samples n, in tests a few."""
+    """The number of samples: n, or a few in the tests."""
     return min(n, 60) if os.environ.get("GD_SMALL") else n
 
 
 def check(answer, is_right, hint):
-    """An exercise's verdict: silent about None, AssertionError with a hint for a wrong answer."""
+    """Print the verdict on an answer. A wrong answer raises AssertionError with the hint."""
     if answer is None:
         print("no answer yet")
         return
@@ -53,35 +66,58 @@ def check(answer, is_right, hint):
 # -----------------------------------------------------------------------------
 # Mazes
 
-def draw(path, axis, title=""):
-    """A path (10,) of cells in the maze, MASK cells left out; forbidden moves dotted and red."""
-    for row, line in enumerate(gd.MAZE):
-        for col in range(0, len(line), 4):
-            if row % 2 and line[col] == "|":
-                axis.plot([col // 4] * 2, [row // 2, row // 2 + 1], color="black", lw=2)
-            if row % 2 == 0 and line[col:col + 4][1:2] == "-":
-                axis.plot([col // 4, col // 4 + 1], [row // 2] * 2, color="black", lw=2)
-    moves = {(a, b) for p in gd.maze_paths() for a, b in zip([0, *p], p)}
-    cells = [0, *[int(c) for c in path]]
-    xy = [(c % gd.MAZE_SIZE + 0.5, c // gd.MAZE_SIZE + 0.5) for c in cells]
-    for (a, b), p, q in zip(zip(cells, cells[1:]), xy, xy[1:]):
-        if gd.MAZE_SIZE**2 in (a, b):
-            continue
-        style = dict(color=BLUE, lw=3) if (a, b) in moves else dict(color=RED, lw=2, ls=":")
-        axis.plot(*zip(p, q), solid_capstyle="round", **style)
-    for c, (x, y) in zip(cells, xy):
-        if c < gd.MAZE_SIZE**2:
-            axis.plot(x, y, "o", color="black", ms=4)
+def allowed_moves():
+    """All moves (from, to) of the shortest paths, as a set of pairs of cells."""
+    moves = set()
+    for path in data.maze_paths():
+        moves.update(zip([0, *path], path))
+    return moves
+
+
+def draw_walls(axis, title=""):
+    """The walls of the maze, with S at the start and G at the goal."""
+    n = data.MAZE_SIZE
+    for row, line in enumerate(data.MAZE):
+        y = row // 2
+        for col in range(n + 1):
+            if line[4 * col] == "|":
+                axis.plot([col, col], [y, y + 1], color="black", lw=2)
+        for col in range(n):
+            if line[4 * col + 1] == "-":
+                axis.plot([col, col + 1], [y, y], color="black", lw=2)
     axis.text(0.1, 0.38, "S", fontsize=8)
-    axis.text(gd.MAZE_SIZE - 0.4, gd.MAZE_SIZE - 0.1, "G", fontsize=8)
-    axis.set(xlim=(-0.1, 6.1), ylim=(6.1, -0.1), aspect="equal")
+    axis.text(n - 0.4, n - 0.1, "G", fontsize=8)
+    axis.set(xlim=(-0.1, n + 0.1), ylim=(n + 0.1, -0.1), aspect="equal")
     axis.set_title(title, fontsize=10)
     axis.axis("off")
 
 
+def draw(path, axis, title=""):
+    """Draw a path (10,) of cells. Masked cells are left out.
+
+    A move that no shortest path makes is red and dotted.
+    """
+    draw_walls(axis, title)
+    moves = allowed_moves()
+    cells = [0] + [int(cell) for cell in path]
+    x = [cell % data.MAZE_SIZE + 0.5 for cell in cells]
+    y = [cell // data.MAZE_SIZE + 0.5 for cell in cells]
+    for i in range(len(cells) - 1):
+        move = (cells[i], cells[i + 1])
+        if MASK in move:
+            continue
+        style = dict(color=RED, lw=2, ls=":")
+        if move in moves:
+            style = dict(color=BLUE, lw=3)
+        axis.plot(x[i:i + 2], y[i:i + 2], solid_capstyle="round", **style)
+    for i, cell in enumerate(cells):
+        if cell != MASK:
+            axis.plot(x[i], y[i], "o", color="black", ms=4)
+
+
 def draw_all(paths, titles=None, columns=5, width=2.0):
-    """Paths (n, 10) as a row, or rows, of mazes."""
-    n_rows = -(-len(paths) // columns)
+    """Paths (n, 10) as rows of mazes."""
+    n_rows = -(-len(paths) // columns)                          # rounded up
     figure, axes = plt.subplots(n_rows, columns, figsize=(width * columns, 1.1 * width * n_rows),
                                 squeeze=False, layout="constrained")
     for axis in axes.flat:
@@ -93,76 +129,120 @@ def draw_all(paths, titles=None, columns=5, width=2.0):
 
 def on_grid(p, axis, title=""):
     """Probabilities p (36,) of the cells, as shades of blue in the maze."""
-    axis.imshow(torch.as_tensor(p).view(gd.MAZE_SIZE, gd.MAZE_SIZE), cmap="Blues", vmin=0, vmax=1,
-                extent=(0, gd.MAZE_SIZE, gd.MAZE_SIZE, 0))
-    draw([gd.MAZE_SIZE**2] * 10, axis, title)
+    n = data.MAZE_SIZE
+    axis.imshow(torch.as_tensor(p).view(n, n), cmap="Blues", vmin=0, vmax=1, extent=(0, n, n, 0))
+    draw_walls(axis, title)
 
 
 # -----------------------------------------------------------------------------
 # Curves
 
-def curve(axis, rows, column, label):
-    """A column of result rows against the number of function evaluations, a line for each model."""
+def curve(axis, rows, column, ylabel):
+    """A column of result rows against the number of function evaluations, one line per model.
+
+    A model with one number of function evaluations is a dashed horizontal line.
+    """
+    ticks = set()
     for model, (color, marker, name) in STYLE.items():
-        points = {}
+        points = {}                                             # nfe: value
         for row in rows:
             if row["model"] == model and column in row:
+                ticks.add(row["nfe"])
                 points.setdefault(row["nfe"], row[column])      # the first of several temperatures
         if len(points) > 1:
             axis.plot(*zip(*sorted(points.items())), color=color, marker=marker, label=name)
         elif points:
             axis.axhline(*points.values(), color=color, ls="--", label=name)
-    ticks = sorted({row["nfe"] for row in rows if row["model"] in STYLE and row["nfe"] > 0})
+    label_axes(axis, ticks, ylabel)
+
+
+def label_axes(axis, ticks, ylabel):
+    """Numbers of function evaluations, on a log scale, against ylabel."""
     axis.set_xscale("log")
-    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.set_xticks(sorted(ticks), sorted(ticks))
     axis.minorticks_off()
-    axis.set(xlabel="function evaluations per text", ylabel=label)
+    axis.set(xlabel="function evaluations per text", ylabel=ylabel)
     axis.grid(alpha=0.3)
 
 
 def hero(folder, path):
-    """The README's picture: paths written in one call, and quality against the number of calls."""
+    """The README's picture: a path of each student in one call, and quality against calls."""
     rows = json.loads((folder / "results.json").read_text())
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.3), layout="constrained",
-                                width_ratios=(1, 1, 1.25, 1.25))
+    figure, axes = plt.subplots(1, 5, figsize=(15, 3.3), layout="constrained",
+                                width_ratios=(1, 1, 1, 1.25, 1.25))
     figure.get_layout_engine().set(h_pad=0.1)
-    for axis, noise, title in ((axes[0], "none", "MDLM, one call"),
-                               (axes[1], "gumbel", "with Gumbel noise, one call")):
-        saved = gd.load_checkpoint(str(folder / f"student-{noise}.pt"), "student")
-        student, _ = gd.load_student(saved, "cpu")
-        draw(gd.generate(student, 1, 10, nfe=1, temperature=float(noise == "none"))[0], axis, title)
-    curve(axes[2], rows, "valid", "share of valid paths")
-    curve(axes[3], rows, "tv", "total variation to the truth")
-    for axis in axes[2:]:
+    for axis, name in zip(axes, ("mdlm", "gumbel", "gumbel-draft")):
+        student, _, _ = gd.load_model(f"{folder}/{name}.pt", "cpu")
+        temperature = 0.0 if student.noise else 1.0
+        text = gd.generate(student, 1, student.seq_len, nfe=1, temperature=temperature)
+        draw(text[0], axis, f"{label(student)}, one call")
+    curve(axes[3], rows, "valid", "share of valid paths")
+    curve(axes[4], rows, "tv", "total variation to the truth")
+    for axis in axes[3:]:
         axis.set_ylim(0, 1.03)
-    axes[2].legend(fontsize=8, loc="lower right")
+    axes[3].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
     return path
 
 
 def judged(folder, path):
-    """The README's other picture: what `sample.py --eval` says of the run's students."""
-    students = [folder / f"student-{noise}.pt" for noise in ("gumbel", "none")]
+    """The README's other picture: what `sample.py --eval` says of the run's three students."""
+    students = [folder / f"{name}.pt" for name in ("mdlm", "gumbel", "gumbel-draft")]
     subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", *students, "--eval",
-                    "--nfe", "1,3,10", "-n", str(size(1000)), "--judge", "teacher",
+                    "--nfe", "1", "3", "10", "-n", str(size(1000)), "--judge", "teacher",
                     "--featurizer", "teacher", "--out-dir", folder / "eval"], check=True)
-    return Path(shutil.copy(folder / "eval" / "quality_vs_nfe.png", path))
+    return draw_judged(folder / "eval", path)
+
+
+def draw_judged(folder, path=None):
+    """The table of `sample.py --eval` as curves; saved as quality_vs_nfe.png in its folder.
+
+    Real text and the teacher are horizontal lines. Students of one name differ in the line style.
+    """
+    path = path or folder / "quality_vs_nfe.png"
+    real, teacher, *rows = json.loads((folder / "results.json").read_text())
+    lines = {}                                                  # label: rows
+    for row in rows:
+        name = "{model}, tau {tau:g}, temperature {temperature:g}".format(**row)
+        lines.setdefault(name, []).append(row)
+    panels = {"gen_ppl": "generative perplexity", "mauve": "MAUVE", "entropy": "entropy, nats",
+              "agree_token": "agreement with the teacher"}
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained")
+    for axis, (column, ylabel) in zip(axes, panels.items()):
+        for row, style in ((real, ":"), (teacher, "--")):
+            if column in row:
+                axis.axhline(row[column], color="black", ls=style, label=row["model"])
+        n_before = {}                                           # lines of each student so far
+        for i, (name, line) in enumerate(lines.items()):
+            student = line[0]["model"].split("/")[-1]
+            color, marker, title = STYLE.get(student, (f"C{i}", "v", student))
+            ls = ("-", "--", ":", "-.")[n_before.get(student, 0) % 4]
+            n_before[student] = n_before.get(student, 0) + 1
+            points = sorted((row["nfe"], row[column]) for row in line if column in row)
+            axis.plot([nfe for nfe, _ in points], [y for _, y in points], color=color,
+                      marker=marker, ls=ls, label=f"{title}: {name}")
+        label_axes(axis, {row["nfe"] for row in rows}, ylabel)
+    axes[0].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  fontsize=8)
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def draw_log(folder):
-    """Training and validation loss of every model in a run's log.jsonl, as log.png beside it."""
+    """Training and validation loss of each model in a run's log.jsonl, as log.png beside it."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    names = list(dict.fromkeys(row["model"] for row in rows))
+    names = list(dict.fromkeys(row["model"] for row in rows))   # each once, in their order
     if not names:
         raise gd.UserError(f"{folder / 'log.jsonl'} is empty: the run has no validation yet")
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3), squeeze=False,
                                 layout="constrained")
     for axis, name in zip(axes[0], names):
-        steps = [row["step"] for row in rows if row["model"] == name]
-        for column, color in (("loss", GREY), ("val", BLUE)):
-            label = {"loss": "training", "val": "validation"}[column]
-            axis.plot(steps, [row[column] for row in rows if row["model"] == name], color=color,
-                      marker="o", ms=3, label=label)
+        own = [row for row in rows if row["model"] == name]
+        steps = [row["step"] for row in own]
+        for column, color, kind in (("loss", GREY, "training"), ("val", BLUE, "validation")):
+            axis.plot(steps, [row[column] for row in own], color=color, marker="o", ms=3,
+                      label=kind)
         axis.set(title=name, xlabel="step", ylabel="loss in nats per token")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -174,6 +254,8 @@ def draw_log(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--log", metavar="folder", help="draw this run's log.jsonl instead")
+    parser.add_argument("--judged", metavar="folder", help="draw the table of `sample.py --eval` "
+                        "in this folder instead")
     parser.add_argument("--run", default="out/maze", metavar="folder",
                         help="the maze run to draw (out/maze)")
     args = parser.parse_args()
@@ -181,6 +263,8 @@ def main():
     try:
         if args.log:
             paths = [draw_log(Path(args.log))]
+        elif args.judged:
+            paths = [draw_judged(Path(args.judged))]
         else:
             paths = [hero(Path(args.run), FIGURES / "hero.png"),
                      judged(Path(args.run), FIGURES / "maze_quality_vs_nfe.png")]

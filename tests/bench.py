@@ -1,21 +1,20 @@
 """Speed and memory of one student training step against a dense one, at the shapes of LM1B.
 
-    python tests/bench.py                                   # a few minutes on a CPU
-    python tests/bench.py --batch-size 128 --dtype bfloat16 # on a GPU
-    python tests/bench.py --sampler                         # what the KV cache saves, a minute
+    python tests/bench.py                                     # the paper's map; minutes on a CPU
+    python tests/bench.py --student gumbel-draft              # ours
+    python tests/bench.py --batch-size 128 --dtype bfloat16   # on a GPU
 
-ours    gumbel_distill.student_loss: everything V-wide at masked positions only, and in chunks
+ours    gumbel_distill.student_loss: everything V-wide at masked positions only
 dense   as the official code does it: full (B, L, V) float32 noise, teacher log-probabilities, noise
         embedding, logits and loss at all positions
 
-Same Transformer, teacher, dtype, compilation, optimiser, texts, times and masks for both; in the
-first step also the same noise, and the losses must be equal to 1e-4. Time and memory are measured
-in processes of their own. Memory is the peak of the process less what was held after the imports,
+Both have the same Transformer, teacher, dtype, compilation, optimiser, texts, times and masks. In
+the first step they have the same noise, too, and the losses must be equal to 1e-4. Each side runs
+in a process of its own. Memory is the peak of the process less what was held after the imports,
 less 16 bytes for each parameter of the student (weight, gradient, two moments) and 4 for each of
-the teacher; on a CPU the C library is told to hand freed memory back at once, or the peak would be
-that of its cache. As in training, gradients are dropped after each step. Utilisation (on a GPU) is
-6 N FLOPs a token for the student and 2 N for the teacher, N without the input embeddings, over the
-vendor's dense bfloat16 peak; what is computed again for the backward pass does not count.
+the teacher. On a CPU a second run measures the memory: there the C library hands freed memory back
+at once. Utilisation (on a GPU) is 6 N FLOPs a token for the student and 2 N for the teacher, N
+without the input embeddings, over the vendor's dense bfloat16 peak.
 """
 
 import argparse
@@ -26,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +34,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gumbel_distill as gd  # noqa: E402
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}     # FLOP/s, dense bfloat16
+
+
+class Words:
+    """GPT-2's vocabulary, without its words."""
+    vocab_size, bos_id = 50257, 50256
 
 
 def memory(device):
@@ -54,7 +59,7 @@ def noise_of(loss_fn):
     with torch.no_grad():
         loss_fn()
     gd.posterior_gumbel = real
-    return torch.cat(drawn)
+    return drawn[0]
 
 
 def dense_noise(logp, x0, generator):
@@ -70,22 +75,24 @@ def dense_noise(logp, x0, generator):
 
 def dense_loss(student, teacher, x0, t, key, same=None):
     """The loss of gumbel_distill.student_loss; `same`: noise (M, V) to put at masked positions."""
-    xt = gd.q_sample(x0, t, student.mask_id, gd.rng(*key, "mask", device=x0.device))
+    xt = gd.q_sample(x0, t, student.mask_id, gd.rng(*key, device=x0.device))
     is_masked = (xt == student.mask_id)[..., None]
     with torch.no_grad():
-        g = gd.rng(*key, "dense", device=x0.device)
-        xi = dense_noise(teacher(x0), x0, g)                    # (B, L, V)
+        xi = dense_noise(teacher(x0), x0, gd.rng(*key, "dense", device=x0.device))   # (B, L, V)
         if same is not None:
             xi = xi.masked_scatter(is_masked, same)
 
-    def add_noise(x):
-        return torch.where(is_masked, x + student.embed_noise(xi, x), x)
-    x = student.net.embed(xt)
+    def add_drafts(h):
+        everywhere = torch.ones_like(xt, dtype=torch.bool)
+        return torch.where(is_masked, student.add_drafts(h, everywhere, xi.flatten(0, 1)), h)
+
+    x, between = student.net.embed(xt), None
     if student.is_draft:
-        h = student.net(x + student.embed_pos.weight, change=add_noise)
+        between = add_drafts
     else:
-        h = student.net(add_noise(torch.where(is_masked, 0.0, x)) + student.embed_pos.weight)
-    logits = student.net.logits(h)                                  # (B, L, V)
+        x = torch.where(is_masked, student.embed_noise(xi.softmax(dim=-1)), x)
+    h = student.net(x + student.embed_pos.weight, between=between)
+    logits = student.net.logits(h)                              # (B, L, V)
     logp = logits - logits.logsumexp(dim=-1, keepdim=True)
     # SUBS: what is not masked is carried over, as a distribution on its one token
     carried = torch.full_like(logp, -1e6).scatter(-1, x0[..., None], 0.0)
@@ -94,38 +101,37 @@ def dense_loss(student, teacher, x0, t, key, same=None):
     return (nll / t).mean()
 
 
+def our_loss(student, teacher, x0, t, key):
+    return gd.student_loss(student, teacher, x0, t, gd.rng(*key, device=x0.device))
+
+
 def measure(side, args):
     """Train args.steps steps; returns what the table shows, as a dict."""
     base = memory(args.device)
-    cfg = gd.resolve(gd.Config(dataset="lm1b", noise="gumbel", batch_size=args.batch_size,
-                               grad_accum=1, device=args.device, dtype=args.dtype, compile="off",
-                               noise_map=args.noise_map))
-
-    class Words:
-        vocab_size, bos_id = 50257, 50256
+    cfg = gd.resolve(gd.Config(dataset="lm1b", batch_size=args.batch_size, grad_accum=1,
+                               device=args.device, dtype=args.dtype))
     torch.manual_seed(0)
     teacher = gd.Teacher(cfg, Words).to(args.device).eval().requires_grad_(False)
-    student = gd.Student(cfg, Words.vocab_size).to(args.device)
+    student = gd.Student(cfg, args.student, Words.vocab_size).to(args.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, fused=True)
     if args.device == "cuda":
         for block in [*teacher.net.blocks, *student.net.blocks]:
             block.compile()
-    loss_fn = {"ours": gd.student_loss, "dense": dense_loss}[side]
 
     def step(i):
         key = ("bench", i)
         x0 = torch.randint(Words.vocab_size, (cfg.batch_size, cfg.seq_len), generator=gd.rng(*key))
         x0 = x0.to(args.device)
-        t = gd.stratified_time(torch.arange(len(x0))[:, None], len(x0), 0.5).to(args.device)
+        t = gd.stratified_times(torch.full((len(x0), 1), 0.5)).to(args.device)
         given = (student, teacher, x0, t, key)
         with torch.autocast(args.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            more = ()
-            if side == "dense" and i == 0:
-                more = (noise_of(lambda: gd.student_loss(*given)),)
+            loss_fn = our_loss
+            if side == "dense":
+                same = noise_of(partial(our_loss, *given)) if i == 0 else None
+                loss_fn = partial(dense_loss, same=same)
             torch.manual_seed(i)
-            loss = loss_fn(*given, *more)
+            loss = loss_fn(*given)
         loss.backward()
-        del more
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if args.device == "cuda":
@@ -154,26 +160,6 @@ def measure(side, args):
     return result
 
 
-def sampler(device, length=1024, n_layer=6, n_embd=384):
-    """A text in blocks of 16 tokens, 4 steps each, with and without the KV cache; in float64 first,
-    where both texts must be equal."""
-    torch.manual_seed(0)
-    cfg = gd.Config(seq_len=length, block_size=16, n_layer=n_layer, n_head=6, n_embd=n_embd,
-                    dropout=0.0, noise="gumbel", noise_map="draft")
-    student = gd.Student(cfg, 1024).to(device).eval().double()
-    for dtype in (torch.float64, torch.float32):
-        student, texts, seconds = student.to(dtype), {}, {}
-        xi, u = gd.sequence_noise(0, torch.arange(1), cfg.seq_len, student)
-        for use in (True, False):
-            start = time.perf_counter()
-            texts[use] = gd.sample(student, xi, u, 4, use_cache=use).tolist()
-            seconds[use] = time.perf_counter() - start
-        if dtype == torch.float64 and texts[True] != texts[False]:
-            sys.exit("the texts differ: the cache changes what is written")
-    print(f"cached {seconds[True]:.2f} s  uncached {seconds[False]:.2f} s  "
-          f"ratio {seconds[False] / seconds[True]:.1f}x")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
@@ -181,13 +167,9 @@ def main():
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
     parser.add_argument("--batch-size", type=int, default=64 if gpu else 4)
     parser.add_argument("--steps", type=int, default=20 if gpu else 5, help="timed steps")
-    parser.add_argument("--noise-map", default="softmax", help="softmax is the paper's")
-    parser.add_argument("--sampler", action="store_true", help="time the KV cache instead")
+    parser.add_argument("--student", default="gumbel", help="gumbel is the paper's; gumbel-draft")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.sampler:
-        sampler(args.device)
-        return
     if args.side:
         print(json.dumps(measure(args.side, args)))
         return

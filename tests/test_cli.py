@@ -1,12 +1,16 @@
 """The commands, from the shell's side.   python -m pytest tests/test_cli.py"""
 
+import argparse
+import errno
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import ablation
 import gumbel_distill as gd
@@ -16,83 +20,119 @@ from conftest import ROOT
 
 TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --batch-size 8 --max-steps 4 --eval-every 2 --warmup 1 "
         "--n-samples 20").split()
+CPU = ["--device", "cpu", "--dtype", "float32", "--no-compile"]
+TO_BE = "to be or not to be\n" * 40
 
 
-def text_file(folder, text="to be or not to be\n" * 40):
+def text_file(folder, text=TO_BE):
     path = folder / "text.txt"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
 
 
-@pytest.mark.parametrize("script", ["gumbel_distill.py", "train_teacher.py", "sample.py"])
-def test_help_answers_without_the_slow_imports(script):
+def assert_refused(answer, *said):
+    """One line of error: UserError's, or argparse's below the usage; it contains all of `said`."""
+    status, _, err = answer
+    line = err.rstrip("\n").split("\n")[-1]
+    assert status in (1, 2) and all(str(part) in line for part in said), err
+    if status == 1:
+        assert err == line + "\n" and line.startswith("error: "), err
+    else:
+        assert line.startswith("program: error: ") and err.startswith("usage: "), err
+
+
+@pytest.mark.parametrize("script, flag", [
+    ("gumbel_distill.py", "--seed"), ("train_teacher.py", "--seed"), ("sample.py", "--seed"),
+    ("ablation.py", "--max-steps")])
+def test_help_answers_without_the_slow_imports(script, flag):
     code = (f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
             f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
             "except SystemExit: pass\n"
             "slow = {'datasets', 'tiktoken', 'mauve', 'transformers', 'matplotlib'}\n"
             "print('SLOW', sorted(slow & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "--seed" in done.stdout and "SLOW []" in done.stdout
+    assert flag in done.stdout and "SLOW []" in done.stdout, done.stderr
 
 
 def test_every_flag_means_the_same_in_every_script(cli, monkeypatch):
     """A flag's block of the help text, up to the next flag, is the same but for the default."""
     monkeypatch.setenv("COLUMNS", "100")
     blocks = {}
-    for main in (gd.main, train_teacher.main, sample.main):
+    for main in (gd.main, train_teacher.main, sample.main, ablation.main):
         for block in re.split(r"\n  (?=-)", cli(main, "--help")[1])[1:]:
             block = re.sub(r" \([^()]*\)$", "", " ".join(block.split()))
             blocks.setdefault(block.split()[0], []).append(block)
     shared = {flag: texts for flag, texts in blocks.items() if len(texts) > 1}
-    assert len(shared) > 20 and all(len(set(texts)) == 1 for texts in shared.values())
+    assert len(shared) > 20
+    for texts in shared.values():
+        assert len(set(texts)) == 1, texts
 
 
 @pytest.mark.parametrize("args, said", [
-    (["--dataset", "mazes"], "--dataset mazes: choose from maze, cities, text"),
-    (["--noise", "none,pink"], "--noise none,pink: choose from none, gumbel"),
-    (["--nfe", "0"], "--nfe 0"), (["--nfe", "1,x"], "--nfe 1,x"),
-    (["--tau", "-1"], "--tau -1: give numbers from 0"), (["--temperature", "0,x"], "0,x: give"),
-    (["--nfe", "1.5"], "whole numbers"), (["--top-p", "2"], "--top-p 2.0"),
-    (["--n-samples", "0"], "--n-samples 0"), (["--batch-size", "0"], "--batch-size 0"),
-    (["--batch-size", "10", "--grad-accum", "4"], "--grad-accum 4"),
-    (["--n-embd", "30"], "multiple of 4"), (["--order", "right"], "--order right"),
-    (["--order", "left,random"], "--order left,random"), (["--lr", "nan"], "--lr nan"),
-    (["--train-files", "x"], "--train-files goes with --dataset text"),
-    (["--dataset", "text"], "--dataset text needs --train-files"),
-    (["--dataset", "text", "--train-files", "no/such/*.txt"], "no/such/*.txt: no file matches"),
-    (["--teacher", "no/such.pt"], "no/such.pt: no such checkpoint"),
-    (["--out-dir", "/proc/nowhere"], "--out-dir /proc/nowhere: cannot be written"),
+    ("--dataset mazes", ["--dataset", "mazes", "maze", "cities"]),
+    ("--students mdlm pink", ["--students", "pink", "gumbel-draft"]),
+    ("--order right", ["--order", "right", "first-hitting"]),
+    ("--tokenizer gpt2-77", ["--tokenizer", "gpt2-77", "gpt2-1024"]),
+    ("--loss mse", ["--loss", "mse", "kd"]), ("--labels none", ["--labels", "none", "teacher"]),
+    ("--dtype float16", ["--dtype", "float16", "bfloat16"]),
+    ("--schedule step", ["--schedule", "step", "cosine"]),
+    ("--nfe 0", ["--nfe", "0"]), ("--nfe 3 0", ["--nfe", "0"]), ("--nfe 1 x", ["--nfe", "x"]),
+    ("--nfe 1.5", ["--nfe", "1.5"]), ("--tau -1", ["--tau", "-1"]),
+    ("--tau nan", ["--tau", "nan"]), ("--temperature 0 x", ["--temperature", "x"]),
+    ("--n-samples 0", ["--n-samples", "0"]), ("--batch-size 0", ["--batch-size", "0"]),
+    ("--batch-size 10 --grad-accum 4", ["--batch-size", "10", "--grad-accum", "4"]),
+    ("--grad-accum 0", ["--grad-accum", "0"]), ("--seed -1", ["--seed", "-1"]),
+    ("--n-embd 30", ["--n-embd", "30", "multiple of 4"]), ("--n-head 0", ["--n-head", "0"]),
+    ("--lr nan", ["--lr", "nan"]), ("--lr -1", ["--lr", "-1"]),
+    ("--seq-len 12", ["--seq-len", "12", "10"]), ("--dataset cities --seq-len 5", ["--seq-len 5"]),
+    ("--block-size 3", ["--block-size", "3", "10"]), ("--block-size 0", ["--block-size", "0"]),
+    ("--train-files x", ["--train-files", "maze", "--dataset text"]),
+    ("--val-files x", ["--val-files", "maze", "--dataset text"]),
+    ("--tokenizer gpt2", ["--tokenizer", "maze", "--dataset text"]),
+    ("--max-tokens 9", ["--max-tokens", "maze", "--dataset text"]),
+    ("--dataset text", ["--dataset text", "--train-files"]),
+    ("--dataset lm1b --val-files x", ["--train-files"]),
+    ("--dataset text --train-files no/such/*.txt", ["--train-files", "no/such/*.txt"]),
+    ("--teacher no/such.pt", ["no/such.pt"]), ("--out-dir /proc/nowhere", ["/proc/nowhere"]),
 ])
 def test_bad_arguments_get_one_clear_line(args, said, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, _, err = cli(gd.main, *args)
-    assert status == 1 and said in err and err.startswith("error: ") and err.count("\n") == 1
+    assert_refused(cli(gd.main, *TINY, *args.split()), *said)
 
 
-@pytest.mark.skipif(gd.torch.cuda.is_available(), reason="there is a CUDA GPU here")
-def test_a_gpu_that_is_not_there_is_named(cli):
-    status, _, err = cli(gd.main, "--device", "cuda")
-    assert status == 1 and "--device cuda" in err and "--device cpu" in err
+@pytest.mark.parametrize("args", ["--top-p 2", "--dropout 2", "--ema 2"])
+def test_shares_beyond_one_are_refused(args, cli, tmp_path):
+    name, value = args.split()
+    out = ["--out-dir", tmp_path, *TINY]
+    assert_refused(cli(gd.main, *out, name, value), name, value)
+
+
+def test_a_start_from_what_is_no_checkpoint_is_refused(cli, tmp_path):
+    out = ["--out-dir", tmp_path, "--init-from", "no/such.pt", *TINY]
+    assert_refused(cli(gd.main, *out, "--students", "mdlm"), "no/such.pt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
+@pytest.mark.parametrize("main", [gd.main, train_teacher.main])
+def test_a_gpu_that_is_not_there_is_named(main, cli):
+    assert_refused(cli(main, "--device", "cuda"), "--device cuda", "--device cpu")
 
 
 @pytest.mark.parametrize("text, said", [
-    ("", "too few"), ("  \n", "too few"), (b"\xff\xfe\x00b", "utf-8"), (b"ab\0cd", "binary"),
-    ("short", "tokens, too few")])
+    ("", "--train-files"), ("  \n", "--train-files"), (b"\xff\xfe\x00b", "utf-8"),
+    (b"ab\0cd", "binary"), ("short", "--seq-len")])
 def test_unusable_text_is_refused_by_name(text, said, cli, tmp_path):
     path = text_file(tmp_path, text)
-    status, _, err = cli(gd.main, "--dataset", "text", "--train-files", path, "--out-dir",
-                         tmp_path / "run")
-    assert status == 1 and said in err
-    assert "too few" in said or str(path) in err
-    assert not (tmp_path / "run").exists()
+    given = ["--dataset", "text", "--train-files", path, "--out-dir", tmp_path / "run"]
+    assert_refused(cli(gd.main, *given), said, path if said in ("utf-8", "binary") else "")
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_a_validation_character_outside_the_vocabulary_is_named(cli, tmp_path):
     val = tmp_path / "val.txt"
     val.write_text("to be Ω" * 100)
-    status, _, err = cli(gd.main, "--dataset", "text", "--train-files", text_file(tmp_path),
-                         "--val-files", val)
-    assert status == 1 and "'Ω'" in err and "--val-files" in err
+    given = ["--dataset", "text", "--train-files", text_file(tmp_path), "--out-dir", tmp_path]
+    assert_refused(cli(gd.main, *given, "--val-files", val), "'Ω'", "--val-files")
 
 
 def test_gpt2_tokens_without_a_network_say_what_to_do(cli, tmp_path, monkeypatch):
@@ -101,74 +141,173 @@ def test_gpt2_tokens_without_a_network_say_what_to_do(cli, tmp_path, monkeypatch
     def offline(name):
         raise ConnectionError("no route")
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    status, _, err = cli(gd.main, "--dataset", "text", "--train-files", text_file(tmp_path),
-                         "--tokenizer", "gpt2")
-    assert status == 1 and "TIKTOKEN_CACHE_DIR" in err and "--tokenizer char" in err
+    given = ["--dataset", "text", "--train-files", text_file(tmp_path), "--out-dir", tmp_path]
+    assert_refused(cli(gd.main, *given, "--tokenizer", "gpt2"), "TIKTOKEN_CACHE_DIR", "char")
 
 
-def test_out_of_memory_names_the_flags(cli):
+def raising(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation"), MemoryError()])
+def test_out_of_memory_names_the_flags(error, cli):
+    assert_refused(cli(raising(error)), "out of memory", "--batch-size", "--grad-accum")
+
+
+def test_out_of_memory_of_the_machine_itself_names_the_flags(cli):
     def greedy():
-        gd.torch.empty(2**60, dtype=gd.torch.uint8)
-    status, _, err = cli(greedy)
-    assert status == 1 and "--batch-size" in err and "--grad-accum" in err
+        torch.empty(2**60)
+    assert_refused(cli(greedy), "out of memory", "--batch-size", "--grad-accum")
 
 
-def test_a_programming_error_keeps_its_traceback(cli):
-    def broken():
-        raise RuntimeError("shapes disagree")
-    with pytest.raises(RuntimeError):
-        cli(broken)
+def test_a_full_disk_is_one_line(cli):
+    full = OSError(errno.ENOSPC, "No space left on device", "out/maze/teacher.pt.tmp")
+    assert_refused(cli(raising(full)), "No space left", "out/maze/teacher.pt.tmp")
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("shapes disagree"), ValueError("a bug"), KeyError("a bug"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: device-side assert triggered")])
+def test_a_programming_error_keeps_its_traceback(error, cli):
+    with pytest.raises(type(error)) as caught:
+        cli(raising(error))
+    assert caught.value is error
+
+
+def test_ctrl_c_ends_with_its_status_and_one_line(cli):
+    status, _, err = cli(raising(KeyboardInterrupt()))
+    assert status == 130 and err.count("\n") == 1 and "checkpoint" in err
+
+
+KINDS = "mdlm gumbel gaussian uniform independent gumbel-draft".split()
+
+
+def text_flags(folder):
+    return ["--dataset", "text", "--train-files", text_file(folder), "--seq-len", 8, *CPU, *TINY]
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    """A teacher and a student, hardly trained on text: (flags of the run, its folder)."""
+    folder = tmp_path_factory.mktemp("text")
+    flags = [*text_flags(folder), "--out-dir", folder / "run"]
+    parser = gd.add_flags(argparse.ArgumentParser())
+    gd.run(gd.Config(**vars(parser.parse_args([*map(str, flags), "--students", "gumbel"]))))
+    return flags, folder / "run"
 
 
 def test_text_end_to_end_in_a_few_steps(cli, tmp_path):
     out = tmp_path / "run"
-    common = ["--dataset", "text", "--train-files", text_file(tmp_path), "--seq-len", 8,
-              "--out-dir", out, *TINY]
-    status, said, _ = cli(train_teacher.main, *common)
-    assert status == 0 and "20 samples: val_loss" in said
-    noises = "none,gumbel,gaussian,uniform,independent"
-    status, said, err = cli(gd.main, *common, "--noise", noises, "--nfe", "1,2")
+    flags = [*text_flags(tmp_path), "--out-dir", out]
+    status, said, err = cli(train_teacher.main, *flags)
+    assert status == 0 and "20 samples: " in said, err
+    assert [path.name for path in out.glob("*.pt")] == ["teacher.pt"]
+    before = (out / "teacher.pt").stat().st_mtime_ns
+    status, said, err = cli(gd.main, *flags, "--students", *KINDS, "--nfe", 1, 2)
     assert status == 0, err
+    assert (out / "teacher.pt").stat().st_mtime_ns == before
+    assert {path.stem for path in out.glob("*.pt")} == {"teacher", *KINDS}
     rows = json.loads((out / "results.json").read_text())
-    models = {r["model"] for r in rows}
-    assert {"teacher", "mdlm", "gumbel", "gaussian", "uniform", "independent", "best constant text",
-            "exact, gumbel", "exact, no student"} <= models
-    gumbel = next(r for r in rows if r["model"] == "gumbel")
-    assert {"nfe", "temperature", "tau", "agree_token", "agree_seq", "accept", "teacher_nll",
-            "entropy", "val_loss", "seconds"} < gumbel.keys()
-    assert gumbel["val_kind"] == "conditional"
-    assert next(r for r in rows if r["model"] == "mdlm")["val_kind"] == "NELBO"
-    exact = next(r for r in rows if r["model"] == "exact, gumbel")
-    assert exact["equal"] == 1 and 1 <= exact["rounds"] <= 8
+    assert {r["model"] for r in rows} == {"teacher", "teacher, other noise", "best constant text",
+                                          *KINDS}
+    for kind in KINDS:
+        same = [r for r in rows if r["model"] == kind]
+        assert {r["nfe"] for r in same} == {1, 2}
+        assert {r["temperature"] for r in same} == ({0, 1} if kind == "mdlm" else {0})
+        for r in same:
+            assert {"tau", "agree_token", "agree_seq", "accept", "teacher_nll", "entropy"} < {*r}
+    assert all(word in said for word in ("agree_seq", *KINDS))
+    log = [json.loads(line) for line in open(out / "log.jsonl")]
+    assert [(r["model"], r["step"]) for r in log] == [
+        (name, step) for name in ("teacher", *KINDS) for step in (2, 4)]
 
-    ckpt = out / "student-gumbel.pt"
-    call = ["--ckpt", ckpt, "-n", 3, "--nfe", 2, "--prompt", "to b"]
+    # sample.py: prompts
+    call = ["--ckpt", out / "gumbel.pt", "-n", 3, "--nfe", 2, "--prompt", "to b"]
     status, said, _ = cli(sample.main, *call)
     assert status == 0 and said.count("to b") == 3
     assert cli(sample.main, *call)[1] == said
     assert cli(sample.main, *call, "--seed", 1, "--temperature", 1)[1] != said
-    for args, text in ((["--prompt", "xyz"], "'x'"), (["--prompt", "to be or not"], "12 tokens"),
-                       (["-n", 0], "--n-samples 0"), (["--nfe", 0], "--nfe 0"),
-                       (["--exact", "--tau", 0.5], "--tau 1"),
-                       (["--exact", "--ckpt", out / "teacher.pt"], "holds a teacher"),
-                       (["--exact", "--prompt", "to_b"], "cannot fill a gap"),
-                       (["--prompt", "to" + 7 * "_"], "9 tokens"), (["--tau", "0,1"], "--tau 0,1"),
-                       (["--ckpt", ckpt, ckpt], "one checkpoint"),
-                       (["--exact", "--teacher", ckpt], "holds a student")):
-        status, _, err = cli(sample.main, "--ckpt", ckpt, *args)
-        assert status == 1 and text in err and err.count("\n") == 1
-    status, said, _ = cli(sample.main, "--ckpt", ckpt, "--exact", "-n", 30)
-    assert status == 0 and "equal to serial 30 of 30" in said and "rounds per text" in said
+    for kind in KINDS:
+        status, said, err = cli(sample.main, "--ckpt", out / f"{kind}.pt", "--prompt", "t__be",
+                                "-n", 2, "--out", tmp_path / "filled.jsonl")
+        assert status == 0 and f": {kind}, step 4, text" in said, err
+        texts = [json.loads(line)["text"] for line in open(tmp_path / "filled.jsonl")]
+        assert len(texts) == 2 and all(re.fullmatch("t..be...", t, re.DOTALL) for t in texts)
 
-    apart = ["--out-dir", tmp_path / "apart", "--teacher", out / "teacher.pt", "--noise", "gumbel"]
-    assert cli(gd.main, *common, *apart, "--nfe", 1)[0] == 0
-    ckpt = tmp_path / "apart" / "student-gumbel.pt"
-    status, said, _ = cli(sample.main, "--ckpt", ckpt, "--exact")
-    assert status == 0 and "equal to serial 4 of 4" in said
+    # exact mode and files
+    for kind in KINDS:
+        status, said, _ = cli(sample.main, "--ckpt", out / f"{kind}.pt", "--exact", "-n", 30)
+        assert status == 0 and "30 of 30" in said and "rounds" in said
+    status, said, _ = cli(sample.main, "--ckpt", out / "gumbel.pt", "--exact", "-n", 3, "--out",
+                          tmp_path / "exact.jsonl")
+    exact = [json.loads(line) for line in open(tmp_path / "exact.jsonl")]
+    cli(sample.main, "--ckpt", out / "teacher.pt", "-n", 3, "--out", tmp_path / "serial.jsonl")
+    serial = [json.loads(line) for line in open(tmp_path / "serial.jsonl")]
+    assert [r["ids"] for r in exact] == [r["ids"] for r in serial]
+    assert all(len(r["ids"]) == len(r["text"]) == 8 for r in exact)
 
+    # a teacher from elsewhere
+    apart = ["--out-dir", tmp_path / "apart", "--teacher", out / "teacher.pt"]
+    assert cli(gd.main, *flags, *apart, "--students", "gumbel", "--nfe", 1)[0] == 0
+    assert not (tmp_path / "apart" / "teacher.pt").exists()
+    status, said, err = cli(sample.main, "--ckpt", tmp_path / "apart" / "gumbel.pt", "--exact")
+    assert status == 0 and "4 of 4" in said and not err
+
+
+def test_sample_refuses_what_it_cannot_do_in_one_line(text_run, cli, tmp_path):
+    _, out = text_run
+    ckpt = out / "gumbel.pt"
     (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:1000])
-    status, _, err = cli(sample.main, "--ckpt", tmp_path / "cut.pt")
-    assert status == 1 and "cut off" in err
+    (tmp_path / "foreign.pt").write_bytes(b"some other program's file")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    for args, *said in (
+            (["--prompt", "xyz"], "--prompt", "'x'"),
+            (["--prompt", "to be or not"], "--prompt", "12 tokens", "8"),
+            (["--prompt", "to" + 7 * "_"], "--prompt", "9 tokens"),
+            (["-n", 0], "0"), (["--nfe", 0], "--nfe", "0"), (["--batch-size", 0], "--batch-size"),
+            (["--nfe", 1, 2], "--nfe"), (["--tau", 0, 1], "--tau"),
+            (["--temperature", 0, 1], "--temperature"), (["--length", 20], "--length 20"),
+            (["--apd", 2], "--apd", "2"), (["--apd", "nan"], "--apd", "nan"),
+            (["--exact", "--tau", 0.5], "--exact", "--tau"),
+            (["--exact", "--temperature", 1], "--exact", "--temperature"),
+            (["--exact", "--top-p", 0.5], "--exact", "--top-p"),
+            (["--exact", "--prompt", "to_b"], "to_b"),
+            (["--exact", "--ckpt", out / "teacher.pt"], "--exact", "teacher.pt"),
+            (["--exact", "--teacher", ckpt], "gumbel.pt", "teacher"),
+            (["--exact", "--teacher", "no/such.pt"], "no/such.pt"),
+            (["--ckpt", "no/such.pt"], "no/such.pt"),
+            (["--ckpt", tmp_path / "cut.pt"], "cut.pt"),
+            (["--ckpt", tmp_path / "foreign.pt"], "foreign.pt"),
+            (["--ckpt", tmp_path / "other.pt"], "other.pt"),
+            (["--out", tmp_path / "no" / "such" / "folder.jsonl"], "folder.jsonl")):
+        assert_refused(cli(sample.main, "--ckpt", ckpt, *args), *said)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_text_has_a_token_or_more(length, text_run, cli):
+    _, out = text_run
+    assert_refused(cli(sample.main, "--ckpt", out / "gumbel.pt", "--length", length), "--length")
+
+
+def test_sample_writes_with_one_checkpoint(text_run, cli):
+    """Without --eval a second one would be left out in silence."""
+    _, out = text_run
+    assert_refused(cli(sample.main, "--ckpt", out / "gumbel.pt", out / "teacher.pt"), "--ckpt")
+
+
+def test_a_note_says_that_another_teacher_verifies(text_run, cli, tmp_path):
+    flags, out = text_run
+    other = ["--out-dir", tmp_path, "--seed", 1]
+    assert cli(train_teacher.main, *flags, *other)[0] == 0
+    status, said, err = cli(sample.main, "--ckpt", out / "gumbel.pt", "--exact", "--teacher",
+                            tmp_path / "teacher.pt")
+    assert status == 0 and "4 of 4" in said
+    assert err.count("\n") == 1 and str(tmp_path / "teacher.pt") in err
 
 
 def test_teachers_of_other_data_or_vocabulary_or_length_are_refused(cli, tmp_path):
@@ -176,63 +315,138 @@ def test_teachers_of_other_data_or_vocabulary_or_length_are_refused(cli, tmp_pat
         path = tmp_path / f"{name}.txt"
         path.write_text(text)
         return cli(main, "--dataset", "text", "--train-files", path, *TINY, *args)
-    out = ["--out-dir", tmp_path / "run"]
-    text = "to be or not to be\n" * 40
-    assert call(train_teacher.main, text, "a", "--seq-len", 8, *out)[0] == 0
-    for name, other, length, said in (("b", text[::-1], 8, "other data"),
-                                      ("c", text, 6, "--seq-len"),
-                                      ("d", text + "xyz", 8, "vocabulary")):
-        status, _, err = call(gd.main, other, name, "--seq-len", length, *out)
-        assert status == 1 and said in err and "teacher.pt" in err
+    first = tmp_path / "run" / "teacher.pt"
+    own = ["--out-dir", tmp_path / "run"]
+    given = ["--out-dir", tmp_path / "other", "--teacher", first]
+    assert call(train_teacher.main, TO_BE, "a", "--seq-len", 8, *own)[0] == 0
+    for name, text, length, said in (("b", TO_BE[::-1], 8, "data"), ("c", TO_BE, 6, "seq_len"),
+                                     ("d", TO_BE + "xyz", 8, "data")):
+        assert_refused(call(gd.main, text, name, "--seq-len", length, *own), first, said)
+    for name, text, length, said in (("c", TO_BE, 6, "seq_len"), ("d", TO_BE + "xyz", 8, "tokens")):
+        assert_refused(call(gd.main, text, name, "--seq-len", length, *given), first, said)
+
+
+def test_checkpoints_of_other_settings_are_refused(cli, tmp_path):
+    given = ["--out-dir", tmp_path, *TINY]
+    assert cli(train_teacher.main, *given)[0] == 0
+    teacher = tmp_path / "teacher.pt"
+    before = teacher.read_bytes()
+    for flag, value in (("--lr", 0.5), ("--max-steps", 6), ("--seed", 3), ("--n-embd", 8)):
+        name = flag.strip("-").replace("-", "_")
+        assert_refused(cli(gd.main, *given, flag, value), teacher, name, value)
+    assert teacher.read_bytes() == before
 
 
 def test_sample_without_any_student_says_what_to_do(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, _, err = cli(sample.main)
-    assert status == 1 and "python gumbel_distill.py" in err
+    assert_refused(cli(sample.main), "python gumbel_distill.py", "--ckpt")
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "teacher.pt").touch()             # a teacher is no student
+    assert_refused(cli(sample.main), "python gumbel_distill.py", "--ckpt")
 
 
 def test_sample_takes_the_newest_student(cli, tmp_path, monkeypatch):
+    flags = text_flags(tmp_path)
     monkeypatch.chdir(tmp_path)
-    common = ["--dataset", "text", "--train-files", text_file(tmp_path), "--seq-len", 8, *TINY]
     for folder in ("out/a", "out/b"):
-        assert cli(gd.main, *common, "--out-dir", folder, "--noise", "gumbel", "--nfe", 1)[0] == 0
-    os.utime("out/a/student-gumbel.pt")
-    assert "out/a/student-gumbel.pt: gumbel" in cli(sample.main)[1]
+        assert cli(gd.main, *flags, "--out-dir", folder, "--students", "gumbel", "--nfe", 1)[0] == 0
+    os.utime("out/a/gumbel.pt")
+    os.utime("out/b/teacher.pt")
+    assert "out/a/gumbel.pt: gumbel" in cli(sample.main)[1]
 
 
-def test_the_ablation_refuses_what_its_rows_decide(cli, tmp_path):
-    for args in (("--noise", "none"), ("--tau", "0.8,1"), ("--dataset", "cities"), ("--clip",)):
-        status, _, err = cli(gd.main, "--ablate", *args, "--out-dir", tmp_path / "a")
-        assert status == 1 and args[0] in err and "leave it out" in err, err
-    assert not (tmp_path / "a").exists()
+class HerePool:
+    """The face of ProcessPoolExecutor in this process: what goes to another one is pickled."""
+
+    def __init__(self, *args):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def map(self, function, *columns):
+        for args in zip(*columns):
+            function, args = pickle.loads(pickle.dumps((function, args)))
+            yield function(*args)
 
 
-def test_the_ablation_trains_what_is_missing_and_is_a_table_of_means(
-        cli, tmp_path, monkeypatch, capsys):
-    """Three rows of it; what the command prints is what it writes."""
-    monkeypatch.setattr(ablation, "ABLATION", [
-        ("MDLM", dict(noise="none"), 2), ("Gumbel Distillation", dict(), 1),
-        ("blocks", dict(noise="none", block_size=5), 1)])
-    call = (gd.main, "--ablate", *TINY, "--out-dir", tmp_path)
+def test_the_ablation_trains_what_is_missing_and_prints_what_it_writes(cli, tmp_path, monkeypatch):
+    """Two entries of it."""
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", HerePool)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(ablation, "RUNS", {
+        "default": (dict(students=["mdlm", "gumbel"]), 2),
+        "blocks of 5": (dict(students=["bd3lm"], block_size=5), 1)})
+    call = (ablation.main, *TINY, "--out-dir", tmp_path)
     status, said, err = cli(*call)
     assert status == 0, err
     table = json.loads((tmp_path / "ablation.json").read_text())
-    names = [(r["model"], r["map"], r["seeds"], r["nfe"]) for r in table if "APD" not in r["model"]]
-    assert names == [("MDLM", "", 2, 1), ("MDLM", "", 2, 3),
-                     *[("Gumbel Distillation", m, 1, n) for m in ("softmax", "draft")
-                       for n in (1, 3)], ("blocks", "", 1, 2), ("blocks", "", 1, 6)]
-    assert sum("APD" in r["model"] for r in table) == 3
-    seeds = [json.loads((tmp_path / str(i) / "MDLM" / "results.json").read_text()) for i in (0, 1)]
-    losses = [next(r["val_loss"] for r in rows if r["model"] == "mdlm") for rows in seeds]
-    assert table[0]["val_loss"] == pytest.approx(sum(losses) / 2)
-    assert table[0]["val_loss_sd"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
-    assert said.count(" done, ") == 5 and "Gumbel Distillation + APD" in said
-    checkpoint = tmp_path / "1" / "MDLM" / "student-none.pt"
-    before = checkpoint.stat().st_mtime_ns
-    (tmp_path / "0" / "blocks" / "student-none.pt").unlink()
+    assert [(r["run"], r["model"], r["seeds"]) for r in table] == [
+        ("default", model, 2) for model in ("mdlm", "mdlm", "gumbel", "gumbel", "mdlm, APD",
+                                            "mdlm, exact mode", "gumbel, APD", "gumbel, exact mode")
+    ] + [("blocks of 5", "bd3lm", 1)] * 2
+    assert [r["nfe"] for r in table[:4]] == [1, 3, 1, 3] and table[0]["nfe_sd"] == 0
+    assert [r["nfe"] for r in table[8:]] == [2, 6] and "valid_sd" not in table[8]
+    for i in (0, 1):
+        assert (tmp_path / str(i) / "default" / "results.json").exists()
+    lines = said.splitlines()
+    assert sum(line.endswith(" done") for line in lines) == 3
+    assert len(lines) == 3 + 1 + len(table) and "blocks of 5" in lines[-1]
+
+    kept, again = (tmp_path / "0" / name for name in ("default/mdlm.pt", "blocks-of-5/bd3lm.pt"))
+    before = kept.stat().st_mtime_ns
+    again.unlink()
     assert cli(*call)[0] == 0
     assert json.loads((tmp_path / "ablation.json").read_text()) == table
-    assert checkpoint.stat().st_mtime_ns == before
-    log = (tmp_path / "0" / "blocks" / "log.txt").read_text()
-    assert "bd3lm: device cpu" in log and "finished, reused" not in log
+    assert kept.stat().st_mtime_ns == before and again.exists()
+    assert "bd3lm" in (tmp_path / "0" / "blocks-of-5" / "log.txt").read_text()
+    assert not (tmp_path / "0" / "blocks-of-5" / "teacher.pt").exists()
+
+
+def rows_of_seed(name, cfg):
+    """In place of ablation.run_alone: two rows without any training."""
+    return [{"model": "mdlm", "nfe": 1, "valid": 0.25 * 2**cfg.seed, "tv": 0.5},
+            {"model": "mdlm, APD", "nfe": 2.0 + cfg.seed, "valid": 1.0}]
+
+
+def test_the_ablation_is_a_table_of_means_and_deviations(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", HerePool)
+    monkeypatch.setattr(ablation, "run_alone", rows_of_seed)
+    monkeypatch.setattr(ablation, "RUNS", {"default": ({}, 2), "blocks of 5": ({}, 1)})
+    status, _, err = cli(ablation.main, *TINY, "--out-dir", tmp_path)
+    assert status == 0, err
+    first, second, *one_seed = json.loads((tmp_path / "ablation.json").read_text())
+    assert (first["valid"], first["tv"], first["nfe"]) == pytest.approx((0.375, 0.5, 1))
+    assert (first["valid_sd"], first["tv_sd"]) == pytest.approx((0.25 / 2**0.5, 0))
+    assert (second["nfe"], second["nfe_sd"]) == pytest.approx((2.5, 0.5**0.5))
+    assert "tv" not in second and "agree_seq" not in first
+    assert [r["valid"] for r in one_seed] == [0.25, 1] and "valid_sd" not in one_seed[0]
+
+
+def test_rows_of_the_ablation_are_those_of_the_usual_temperature(tmp_path, monkeypatch):
+    rows = [{"model": "teacher"}] + [{"model": name, "temperature": temperature}
+                                     for name in ("mdlm", "bd3lm", "gumbel", "gumbel-draft")
+                                     for temperature in (1.0, 0.0)]
+    monkeypatch.setattr(ablation, "run", lambda cfg: rows)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    kept = ablation.run_alone("blocks of 5", gd.Config(out_dir=str(tmp_path / "a")))
+    assert [(r["model"], r["temperature"]) for r in kept] == [
+        ("mdlm", 1), ("bd3lm", 1), ("gumbel", 0), ("gumbel-draft", 0)]
+
+
+def test_the_ablation_refuses_bad_settings_before_it_trains(cli, tmp_path):
+    for args, *said in (
+            (["--n-embd", 30], "--n-embd", "30"), (["--students", "mdlm"], "--students"),
+            (["--batch-size", 0], "--batch-size"), (["--n-layer", "x"], "--n-layer")):
+        assert_refused(cli(ablation.main, *args, "--out-dir", tmp_path / "a"), *said)
+    assert not (tmp_path / "a").exists()
+
+
+def test_every_run_of_the_ablation_is_one_of_the_program(tmp_path):
+    """Its settings exist, and the default run, which trains the teachers, has all their seeds."""
+    for change, n_seeds in ablation.RUNS.values():
+        gd.resolve(gd.Config(**change))
+        assert 1 <= n_seeds <= ablation.RUNS["default"][1]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import gumbel_distill as gd
-from conftest import Letters, tiny_config
+from conftest import LETTERS, tiny_config
 
-V, T = Letters.vocab_size, 6
+V, T = LETTERS.vocab_size, 6
 
 
 def test_teacher_sees_nothing_of_the_token_it_predicts_or_later(tiny):
@@ -36,46 +36,58 @@ def test_student_sees_both_sides(tiny):
 
 
 def test_student_tells_positions_apart_when_all_is_masked():
-    student = gd.Student(tiny_config(noise="none"), V).eval()
+    student = gd.Student(tiny_config(), "mdlm", V).eval()
     logits = student(torch.full((1, T), V))
     assert not torch.allclose(logits[0], logits[3], atol=1e-6)
 
 
 def test_cached_equals_uncached(tiny):
     _, teacher, _ = tiny
-    x = torch.randn(2, T, 16, dtype=torch.float64)
-    whole = teacher.net(x)
-    for sizes in ([1] * T, [2, 3, 1], [4, 2]):
-        cache, parts = gd.KVCache(T), []
-        for part in x.split(sizes, dim=1):
-            parts.append(teacher.net(part, cache=cache))
-        assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-12)
+    x, cache, parts = torch.randn(2, T, 16, dtype=torch.float64), gd.KVCache(), []
+    for i in range(T):
+        cache.start = i
+        parts.append(teacher.net(x[:, i:i + 1], cache=cache))
+    assert torch.allclose(torch.cat(parts, 1), teacher.net(x), atol=1e-12)
 
 
 def test_a_given_mask_is_obeyed(tiny):
-    _, teacher, student = tiny
+    _, _, student = tiny
     x = torch.randn(1, T, 16, dtype=torch.float64)
     causal = torch.ones(T, T, dtype=torch.bool).tril()
-    first = student.net(x[:, :1])[:, 0]
-    assert torch.allclose(student.net(x, mask=causal)[:, 0], first, atol=1e-12)
-    assert torch.allclose(teacher.net(x, mask=causal), teacher.net(x), atol=1e-12)
+    for n in (1, 3):
+        assert torch.allclose(student.net(x, mask=causal)[:, :n],
+                              student.net(x[:, :n], mask=causal[:n, :n]), atol=1e-12)
+    assert not torch.allclose(student.net(x, mask=causal)[:, 0], student.net(x)[:, 0])
 
 
 def test_teacher_probabilities_of_all_sequences_sum_to_one():
     torch.manual_seed(0)
-    teacher = gd.Teacher(tiny_config(seq_len=4), Letters).double().eval()
+    teacher = gd.Teacher(tiny_config(seq_len=4), LETTERS).double().eval()
     x0 = torch.tensor(list(itertools.product(range(V), repeat=4)))
     logp = teacher(x0).gather(-1, x0[..., None]).sum((1, 2))
     assert logp.exp().sum().item() == pytest.approx(1, abs=1e-9)
-    assert gd.teacher_loss(teacher, x0).item() == pytest.approx(-logp.mean().item() / 4)
+
+
+def test_teacher_loss_is_the_cross_entropy_of_the_logits(tiny):
+    _, teacher, _ = tiny
+    x0 = torch.randint(V, (20, T), generator=gd.rng(1))
+    before = F.pad(x0[:, :-1], (1, 0), value=LETTERS.bos_id)
+    logits = teacher.net.logits(teacher.net(teacher.net.embed(before)))
+    expected = F.cross_entropy(logits.flatten(0, 1), x0.flatten())
+    assert torch.allclose(gd.teacher_loss(teacher, x0), expected)
+
+
+def test_teacher_gives_the_same_at_the_masked_positions_alone(tiny):
+    _, teacher, _ = tiny
+    x0, is_masked = torch.randint(V, (20, T)), torch.rand(20, T) < 0.5
+    assert torch.allclose(teacher(x0, is_masked), teacher(x0)[is_masked])
 
 
 def test_serial_extraction_samples_the_teacher(tiny):
     """Frequencies of the first three tokens against their exact probabilities."""
     _, teacher, _ = tiny
     n = 20_000
-    x, gap = gd.serial_extraction(teacher, gd.sample_gumbel((n, T, V), gd.rng(5), torch.float64))
-    assert (gap > 0).all()
+    x = gd.serial_extraction(teacher, gd.sample_gumbel((n, T, V), gd.rng(5), torch.float64))
     prefixes = torch.tensor(list(itertools.product(range(V), repeat=3)))
     padded = F.pad(prefixes, (0, T - 3))
     p = teacher(padded).detach()[:, :3].gather(-1, prefixes[..., None]).sum((1, 2)).exp()
@@ -87,11 +99,19 @@ def test_serial_extraction_samples_the_teacher(tiny):
 def test_serial_extraction_is_argmax_of_logp_plus_noise(tiny):
     _, teacher, _ = tiny
     xi = gd.sample_gumbel((50, T, V), gd.rng(6), torch.float64)
-    x, gap = gd.serial_extraction(teacher, xi)
-    score = teacher(x) + xi
-    assert score.argmax(-1).equal(x)
-    best = score.topk(2).values
-    assert torch.allclose(gap, best[..., 0] - best[..., 1])
+    x = gd.serial_extraction(teacher, xi)
+    assert (teacher(x) + xi).argmax(-1).equal(x)
+
+
+def test_serial_extraction_keeps_the_known_tokens_and_decides_the_others(tiny):
+    _, teacher, _ = tiny
+    xi = gd.sample_gumbel((50, T, V), gd.rng(6), torch.float64)
+    xt = torch.full((50, T), V)
+    xt[:, 0], xt[:25, 3] = 2, 5
+    x = gd.serial_extraction(teacher, xi, xt)
+    is_known = xt != V
+    assert x[is_known].equal(xt[is_known])
+    assert (teacher(x) + xi).argmax(-1)[~is_known].equal(x[~is_known])
 
 
 def test_posterior_noise_of_a_text_makes_the_serial_teacher_write_that_text(tiny):
@@ -99,7 +119,7 @@ def test_posterior_noise_of_a_text_makes_the_serial_teacher_write_that_text(tiny
     _, teacher, _ = tiny
     x0 = torch.randint(V, (200, T), generator=gd.rng(7))
     xi = gd.posterior_gumbel(teacher(x0), x0, gd.rng(8))
-    assert gd.serial_extraction(teacher, xi)[0].equal(x0)
+    assert gd.serial_extraction(teacher, xi).equal(x0)
 
 
 def test_q_sample_masks_with_probability_t():
@@ -112,45 +132,48 @@ def test_q_sample_masks_with_probability_t():
 
 
 def test_times_are_stratified_over_the_batch_and_reach_from_t_min_to_one():
-    t = gd.stratified_time(torch.arange(8), 8, torch.rand(8, generator=gd.rng(2)))
-    assert ((t - gd.T_MIN) / (1 - gd.T_MIN) * 8).floor().tolist() == list(range(8))
-    assert gd.stratified_time(0, 8, 0.0) == gd.T_MIN and gd.stratified_time(7, 8, 1.0) == 1
+    t = gd.stratified_times(torch.rand(4, 2, generator=gd.rng(2)))
+    assert t.shape == (4, 2)
+    assert ((t - gd.T_MIN) / (1 - gd.T_MIN) * 8).floor().flatten().tolist() == list(range(8))
+    assert gd.stratified_times(torch.zeros(4, 1)).min() == pytest.approx(gd.T_MIN)
+    assert gd.stratified_times(torch.ones(4, 1)).max() == 1
 
 
 def dense_loss(student, x0, xt, xi, t):
     """The loss with everything at all positions, as the official code computes it."""
-    is_masked = (xt == student.mask_id)[..., None]
+    net, is_masked = student.net, (xt == student.mask_id)[..., None]
+    z = gd.change_noise(xi, student.noise)                      # (B, T, V)
 
-    def add_noise(x):
-        return torch.where(is_masked, x + student.embed_noise(xi, x), x)        # (B, T, C)
+    def add_drafts(h):
+        score = net.head(net.norm(h)) + z                       # (B, T, V)
+        least = score.topk(min(gd.DRAFT_TOKENS, V)).values[..., -1:]
+        weight = (student.scale * score).masked_fill(score < least, -math.inf).softmax(-1)
+        return h + is_masked * (weight @ net.embed.weight[:V])
 
-    x = student.net.embed(xt)
-    if student.is_draft:
-        h = student.net(x + student.embed_pos.weight, change=add_noise)
-    else:
-        if student.inject == "replace":
-            x = torch.where(is_masked, 0.0, x)
-        h = student.net(add_noise(x) + student.embed_pos.weight)
-    logp = student.net.head(h).log_softmax(-1)                  # (B, T, V)
+    x, between = net.embed(xt), add_drafts
+    if not student.is_draft:
+        x, between = torch.where(is_masked, z.softmax(-1) @ student.embed_noise.weight.T, x), None
+    h = net(x + student.embed_pos.weight, between=between)
+    logp = net.head(h).log_softmax(-1)                          # (B, T, V)
     nll = -logp.gather(-1, x0[..., None])[..., 0]
     return (nll * is_masked[..., 0] / t).mean()
 
 
-@pytest.mark.parametrize("noise_map", ["softmax", "raw", "learned", "draft"])
-@pytest.mark.parametrize("inject", ["replace", "add"])
-@pytest.mark.parametrize("chunk", [1, 100, 2**23])
+@pytest.mark.parametrize("n_draft", [2, V])
+@pytest.mark.parametrize("name", ["gumbel", "gumbel-draft", "gaussian", "uniform-draft"])
 def test_masked_only_loss_equals_the_dense_form_in_value_and_gradient(
-        noise_map, inject, chunk, tiny, monkeypatch):
-    """Also in chunks of 1 and of 2 sequences, whose V-wide tensors are computed twice."""
-    monkeypatch.setitem(gd.CHUNK, "cpu", chunk)
+        name, n_draft, tiny, monkeypatch):
+    monkeypatch.setattr(gd, "DRAFT_TOKENS", n_draft)
     _, teacher, _ = tiny
-    student = gd.Student(tiny_config(noise_map=noise_map, inject=inject), V).double()
+    student = gd.Student(tiny_config(), name, V).double()
+    if student.is_draft:
+        student.scale.data.fill_(0.7)
     x0 = torch.randint(V, (8, T), generator=gd.rng(3))
-    t = gd.stratified_time(torch.arange(8)[:, None], 8, 0.5).double()
+    t = gd.stratified_times(torch.full((8, 1), 0.5)).double()
     xi = gd.sample_gumbel((8, T, V), gd.rng(4), torch.float64)
-    xt = gd.q_sample(x0, t, V, gd.rng(5, "mask"))
+    xt = gd.q_sample(x0, t, V, gd.rng(5))
     gradients = []
-    for loss in (gd.student_loss(student, teacher, x0, t, (5,), lambda rows: xi[rows]),
+    for loss in (gd.student_loss(student, teacher, x0, t, gd.rng(5), xi),
                  dense_loss(student, x0, xt, xi, t)):
         student.zero_grad()
         loss.backward()
@@ -160,78 +183,132 @@ def test_masked_only_loss_equals_the_dense_form_in_value_and_gradient(
         assert torch.allclose(ours, dense, atol=1e-12)
 
 
-def test_the_dense_step_of_the_benchmark_is_the_same_loss(tiny):
-    import bench
-    _, teacher, _ = tiny
-    x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8, 1), 0.6).double()
-    for noise_map in ("softmax", "draft"):
-        student = gd.Student(tiny_config(noise_map=noise_map), V).double()
-        given = (student, teacher, x0, t, ("bench", 0))
-        same = bench.noise_of(lambda: gd.student_loss(*given))
-        assert same.shape[1] == V and bench.memory("cpu") > 2**24
-        assert torch.allclose(bench.dense_loss(*given, same), gd.student_loss(*given), atol=1e-10)
-        assert not torch.allclose(bench.dense_loss(*given), gd.student_loss(*given), atol=1e-4)
-
-
-def test_a_draft_is_what_the_student_would_draw_by_gumbel_max(tiny):
-    """At a large scale s the draft is the embedding of argmax(logits + xi)."""
-    student = gd.Student(tiny_config(noise_map="draft"), V).double()
-    student.noise_embedding.scale.data.fill_(1e6)
+def draft_student():
+    student = gd.Student(tiny_config(), "gumbel-draft", V).double()
     student.net.head.weight.data.mul_(50.0)
+    return student
+
+
+def drafts(student, h, z):
+    """What add_drafts adds to hidden states h (M, C), all masked: (M, C)."""
+    is_masked = torch.ones(1, len(h), dtype=torch.bool)
+    return student.add_drafts(h[None], is_masked, z)[0] - h
+
+
+@pytest.mark.parametrize("n_draft, scale", [(1, 1.0), (1, 0.1), (V, 1e6)])
+def test_a_draft_is_what_the_student_would_draw_by_gumbel_max(n_draft, scale, monkeypatch):
+    """With one best token, or at a large scale s, it is the embedding of argmax(logits + z)."""
+    monkeypatch.setattr(gd, "DRAFT_TOKENS", n_draft)
+    student = draft_student()
+    student.scale.data.fill_(scale)
     h = torch.randn(50, 16, generator=gd.rng(1), dtype=torch.float64)
-    xi = gd.sample_gumbel((50, V), gd.rng(2), torch.float64)
-    token = (student.net.head(student.net.norm(h)) + xi).argmax(-1)
-    assert (token != xi.argmax(-1)).any()
-    assert torch.allclose(student.embed_noise(xi, h), student.net.embed(token))
+    z = gd.sample_gumbel((50, V), gd.rng(2), torch.float64)
+    logits = student.net.head(student.net.norm(h))
+    token = (logits + z).argmax(-1)
+    assert (token != z.argmax(-1)).any() and (token != logits.argmax(-1)).any()
+    assert torch.allclose(drafts(student, h, z), student.net.embed(token))
+
+
+def test_a_draft_of_all_tokens_is_the_dense_softmax_mixture(monkeypatch):
+    """In value and in the gradient of the head, the embedding, the scale and the hidden states."""
+    monkeypatch.setattr(gd, "DRAFT_TOKENS", V)
+    student = draft_student()
+    net = student.net
+    student.scale.data.fill_(0.7)
+    h = torch.randn(50, 16, generator=gd.rng(1), dtype=torch.float64, requires_grad=True)
+    z = gd.sample_gumbel((50, V), gd.rng(2), torch.float64)
+    weight = (student.scale * (net.head(net.norm(h)) + z)).softmax(-1)
+    dense, ours = weight @ net.embed.weight[:V], drafts(student, h, z)
+    assert torch.allclose(ours, dense)
+    into = [h, student.scale, net.head.weight, net.embed.weight]
+    direction = torch.randn(50, 16, generator=gd.rng(3), dtype=torch.float64)
+    for a, b in zip(*[torch.autograd.grad((x * direction).sum(), into) for x in (ours, dense)]):
+        assert b.abs().sum() > 0 and torch.allclose(a, b, atol=1e-12)
+
+
+def test_a_draft_sends_its_gradient_to_the_rows_of_the_best_tokens_alone(monkeypatch):
+    monkeypatch.setattr(gd, "DRAFT_TOKENS", 3)
+    student = draft_student()
+    h = torch.randn(1, 16, generator=gd.rng(1), dtype=torch.float64)
+    z = gd.sample_gumbel((1, V), gd.rng(2), torch.float64)
+    best = (student.net.head(student.net.norm(h)) + z)[0].topk(3).indices.tolist()
+    drafts(student, h, z).square().sum().backward()
+    for rows in (student.net.head.weight.grad, student.net.embed.weight.grad):
+        assert rows.abs().sum(1).nonzero()[:, 0].tolist() == sorted(best)
 
 
 def test_loss_draws_posterior_noise_of_the_masked_tokens(tiny):
     """Without recorded noise the loss is that of posterior noise drawn from the same generator."""
     _, teacher, student = tiny
     x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8, 1), 0.6).double()
-    drawn = gd.student_loss(student, teacher, x0, t, (9,))
-    is_masked = gd.q_sample(x0, t, V, gd.rng(9, "mask")) == V
+    drawn = gd.student_loss(student, teacher, x0, t, gd.rng(9))
+    g = gd.rng(9)
+    is_masked = gd.q_sample(x0, t, V, g) == V
     xi = torch.zeros(8, T, V, dtype=torch.float64)
-    xi[is_masked] = gd.posterior_gumbel(teacher(x0)[is_masked], x0[is_masked],
-                                        gd.rng(9, "noise", 0))
-    assert torch.allclose(drawn, gd.student_loss(student, teacher, x0, t, (9,), xi.__getitem__))
-    assert not torch.allclose(drawn, gd.student_loss(student, teacher, x0, t, (9,),
-                                                     (xi * 0).__getitem__))
+    xi[is_masked] = gd.posterior_gumbel(teacher(x0)[is_masked], x0[is_masked], g)
+    assert torch.allclose(drawn, gd.student_loss(student, teacher, x0, t, gd.rng(9), xi))
+    assert not torch.allclose(drawn, gd.student_loss(student, teacher, x0, t, gd.rng(9), xi * 0))
 
 
-@pytest.mark.parametrize("noise_map", ["raw", "draft"])
-def test_noise_of_unmasked_positions_does_not_matter(noise_map, tiny):
+@pytest.mark.parametrize("name", ["gumbel", "gumbel-draft"])
+def test_noise_of_unmasked_positions_does_not_matter(name, tiny):
     _, teacher, _ = tiny
-    student = gd.Student(tiny_config(noise_map=noise_map), V).double()
+    student = gd.Student(tiny_config(), name, V).double()
     x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8, 1), 0.5).double()
     xi = gd.sample_gumbel((8, T, V), gd.rng(4), torch.float64)
-    is_masked = gd.q_sample(x0, t, V, gd.rng(5, "mask")) == V
+    is_masked = gd.q_sample(x0, t, V, gd.rng(5)) == V
+    loss = gd.student_loss(student, teacher, x0, t, gd.rng(5), xi)
     other = torch.where(is_masked[..., None], xi, -xi)
-    assert gd.student_loss(student, teacher, x0, t, (5,), xi.__getitem__).equal(
-        gd.student_loss(student, teacher, x0, t, (5,), other.__getitem__))
+    assert gd.student_loss(student, teacher, x0, t, gd.rng(5), other).equal(loss)
+    other = torch.where(is_masked[..., None], -xi, xi)
+    assert not gd.student_loss(student, teacher, x0, t, gd.rng(5), other).equal(loss)
 
 
 def test_loss_of_a_student_that_knows_nothing_is_ln_v():
     """In expectation over t and masks: the weight 1/t times the masked share t is 1."""
-    student = gd.Student(tiny_config(noise="none"), V).eval()
-    torch.nn.init.zeros_(student.net.head.weight)
-    x0 = torch.zeros(20_000, T, dtype=torch.long)
-    t = gd.stratified_time(torch.arange(20_000)[:, None], 20_000, 0.5)
-    loss = gd.student_loss(student, None, x0, t, (11,)).item()
+    student = gd.Student(tiny_config(), "mdlm", V)
+    student.net.head.weight.data.zero_()
+    x0 = torch.randint(V, (20_000, T))
+    t = gd.stratified_times(torch.full((20_000, 1), 0.5))
+    loss = gd.student_loss(student, None, x0, t, gd.rng(11)).item()
     assert loss == pytest.approx(math.log(V), rel=0.03)
 
 
-def test_independent_noise_is_drawn_without_teacher_or_text():
-    student = gd.Student(tiny_config(noise="independent"), V).eval()
+@pytest.mark.parametrize("name", ["mdlm", "gumbel", "gumbel-draft"])
+def test_a_batch_in_which_no_token_is_masked_has_loss_zero_and_a_gradient(name, tiny):
+    _, teacher, _ = tiny
+    student = gd.Student(tiny_config(), name, V).double()
+    x0, t = torch.randint(V, (1, T)), torch.full((1, 1), 1e-300).double()
+    loss = gd.student_loss(student, teacher, x0, t, gd.rng(0))
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is not None and (p.grad == 0).all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["independent", "independent-draft"])
+def test_independent_noise_is_drawn_without_teacher_or_text(name):
+    student = gd.Student(tiny_config(), name, V).eval()
     x0, t = torch.randint(V, (8, T), generator=gd.rng(3)), torch.full((8, 1), 0.5)
-    loss = gd.student_loss(student, None, x0, t, (12,))
-    xt = gd.q_sample(x0, t, V, gd.rng(12, "mask"))
-    logits = student(xt, gd.sample_gumbel(((xt == V).sum(), V), gd.rng(12, "noise", 0)))
+    recorded = gd.sample_gumbel((8, T, V), gd.rng(4))           # of the text, so it is not read
+    g = gd.rng(12)
+    xt = gd.q_sample(x0, t, V, g)
+    logits = student(xt, gd.sample_gumbel(((xt == V).sum(), V), g))
     nll = F.cross_entropy(logits, x0[xt == V], reduction="sum")
-    assert torch.allclose(loss, nll / 0.5 / x0.numel())
+    for xi in (None, recorded):
+        loss = gd.student_loss(student, None, x0, t, gd.rng(12), xi)
+        assert torch.allclose(loss, nll / 0.5 / x0.numel())
 
 
-def test_no_student_outputs_the_mask(tiny):
-    _, _, student = tiny
-    logits = student(torch.full((1, T), V), torch.zeros(T, V, dtype=torch.float64))
+@pytest.mark.parametrize("name", gd.STUDENTS)
+def test_a_student_reads_the_noise_it_is_named_after_and_never_outputs_the_mask(name):
+    student = gd.Student(tiny_config(), name, V).eval()
+    xt = torch.full((1, T), V)
+    logits = student(xt, gd.sample_gumbel((T, V), gd.rng(0)))
+    other = student(xt, gd.sample_gumbel((T, V), gd.rng(1)))
     assert logits.shape == (T, V) and student.mask_id == V
+    assert logits.equal(other) == (name in ("mdlm", "bd3lm"))
+
+
+def test_a_student_of_another_name_is_refused():
+    with pytest.raises(ValueError, match="laplace"):
+        gd.Student(tiny_config(), "laplace", V)

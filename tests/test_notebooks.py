@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 
+import data
 import gumbel_distill as gd
 from conftest import ROOT
 
@@ -27,7 +28,7 @@ ANSWERS = {
         ("1 - 1 / 51", "0.5")],
     "03_gumbel_distillation": [
         ("False", "True"), ("4", "5"),
-        ("lambda tau: len(gd.generate(gumbel, 1000, 10, nfe=1, tau=tau).unique(dim=0))",
+        ("lambda tau: len(gd.generate(ours, 1000, 10, nfe=1, tau=tau).unique(dim=0))",
          "lambda tau: 51")],
     "04_text": [("256", "4"), ("'the AR likelihood'", "'nothing'"), ("'second'", "'first'")],
 }
@@ -39,6 +40,12 @@ def code_cells(path):
 
 def printed(cell):
     return "".join(o.text for o in cell.outputs if o.output_type == "stream")
+
+
+def names_of(path):
+    """The functions and classes that a file defines."""
+    return {node.name for node in ast.parse(path.read_text()).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
 def test_there_are_answers_for_every_notebook():
@@ -78,14 +85,14 @@ def test_a_notebook_is_short_cells_with_stored_outputs_and_redefines_nothing(pat
     book = nbformat.read(path, as_version=4)
     for word in ("**Goal.**", "**In the paper.**", "**In the code.**", "**Time.**"):
         assert word in book.cells[0].source
-    own = {node.name for node in ast.parse((ROOT / "gumbel_distill.py").read_text()).body
-           if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    for name in re.findall(r"`(\w+)`", book.cells[0].source.split("**Time.**")[0]):
-        assert name in own or name == "block_size", name
+    own = set().union(*(names_of(ROOT / f) for f in ("data.py", "gumbel_distill.py", "sample.py")))
+    for name in re.findall(r"`([\w-]+)`", book.cells[0].source.split("**Time.**")[0]):
+        assert name in own or name in ["block_size", *gd.STUDENTS], name
     cells = code_cells(path)
     for cell in cells:
         assert len(cell.source.splitlines()) <= 15 and cell.execution_count
         assert not own & set(re.findall(r"^(?:def|class) (\w+)", cell.source, re.M))
+        assert max(map(len, cell.source.splitlines())) <= 100
         assert not [o for o in cell.outputs if o.output_type == "error"]
     pictures = [o for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
     assert len(pictures) >= 2
@@ -103,7 +110,10 @@ def test_the_pictures_of_the_readme_are_drawn_by_one_command(
         assert status == 0 and str(picture) in said and picture.stat().st_size > 10_000, err
     status, said, err = cli(classroom.main, "--log", folder)
     assert status == 0 and (folder / "log.png").stat().st_size > 10_000, err
-    for flag in ("--run", "--log"):
+    status, said, err = cli(classroom.main, "--judged", folder / "eval")
+    picture = folder / "eval" / "quality_vs_nfe.png"
+    assert status == 0 and str(picture) in said and picture.stat().st_size > 10_000, err
+    for flag in ("--run", "--log", "--judged"):
         status, _, err = cli(classroom.main, flag, folder / "missing")
         assert status == 1 and "missing" in err and "python gumbel_distill.py" in err
     (tmp_path / "log.jsonl").touch()
@@ -113,11 +123,31 @@ def test_the_pictures_of_the_readme_are_drawn_by_one_command(
     shutil.rmtree(folder / "eval")
 
 
+def test_pictures_tell_the_students_apart(maze_run, tmp_path, monkeypatch):
+    """Each model has its own colour, marker and label; the hero shows all three students."""
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    import classroom
+    folder, rows = maze_run
+    names = [*gd.resolve(gd.Config()).students, "teacher"]
+    for kind in zip(*[classroom.STYLE[name] for name in names]):
+        assert len(set(kind)) == len(names)
+    classroom.plt.switch_backend("Agg")
+    classroom.plt.close("all")
+    classroom.hero(folder, tmp_path / "hero.png")
+    *mazes, valid, tv = classroom.plt.gcf().axes
+    labels = [classroom.STYLE[name][2] for name in names]
+    assert [axis.get_title() for axis in mazes] == [f"{name}, one call" for name in labels[:3]]
+    for axis in (valid, tv):
+        assert [line.get_label() for line in axis.lines] == labels
+    by_paper = next(row for row in rows if row["model"] == "gumbel")
+    assert valid.lines[1].get_ydata()[0] == by_paper["valid"]
+
+
 def test_forbidden_moves_are_told_from_allowed_ones(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
     import classroom
     axis = classroom.plt.figure().add_subplot()
-    path = gd.maze_paths()[7]
+    path = data.maze_paths()[7]
 
     def colours(path):
         axis.clear()
@@ -125,4 +155,4 @@ def test_forbidden_moves_are_told_from_allowed_ones(monkeypatch):
         return [line.get_color() for line in axis.lines if line.get_color() != "black"]
     assert colours(path) == [classroom.BLUE] * 10
     assert colours([path[0], *path[2:], path[1]]).count(classroom.RED) >= 2
-    assert colours([gd.MAZE_SIZE**2] * 10) == []
+    assert colours([classroom.MASK] * 10) == []
