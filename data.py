@@ -126,7 +126,7 @@ SMALL = dict(n_layer=4, n_head=2, n_embd=64, dropout=0.0, batch_size=64, grad_ac
 WEB = dict(tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, grad_accum=8, lr=3e-4,
            warmup=2500, schedule="constant", ema=0.9999, eval_every=1000, max_steps=20_000)
 PRESETS = {
-    "maze": dict(SMALL, seq_len=10, max_steps=2000, nfe=[1, 3, 10], n_samples=4000),
+    "maze": dict(SMALL, seq_len=10, max_steps=2000, nfe=[1, 3, 10], n_samples=3000),
     "cities": dict(SMALL, seq_len=19, lr=2e-3, max_steps=4000, nfe=[1, 2, 4, 19], n_samples=1000),
     "text": dict(SMALL, tokenizer="char", seq_len=64, n_head=4, n_embd=128, batch_size=32, lr=2e-3,
                  max_steps=1500, nfe=[1, 4, 16, 64], n_samples=200),
@@ -154,7 +154,7 @@ def show(ids, dataset, tokenizer):
 
 
 def total_variation(counts, n_outside=0):
-    """Distance from uniform of counts over the allowed outcomes, n_outside draws being others."""
+    """Distance of counts (allowed outcomes) from uniform; n_outside other draws count, too."""
     n = max(1, counts.sum() + n_outside)
     distance = np.abs(counts / n - 1 / len(counts)).sum() + n_outside / n
     return 0.5 * float(distance)
@@ -264,7 +264,7 @@ def load_maze(cfg):
 
 END = "<end>"                   # fills a short sentence up
 
-# The grammar of `cities`. A slot is one phrase of its list; a slot that returns is the same phrase.
+# The grammar of `cities`. A slot takes one phrase of its list, a repeated slot the same phrase.
 SENTENCES = [
     "{name} flies from {city} to {town} on {date} and {friend} follows {name}",
     "the {person} flies from {city} to {town} on {date} with {name} and {things}",

@@ -195,7 +195,7 @@ def sample_exponential(shape, generator, dtype=torch.float32):
     """E = -log(1 - u) ~ Exp(1), never 0. It is drawn in float64: float32 uniforms end at 6e-8,
     which would cut xi = -log E off at 16.6."""
     E = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-    E.neg_()                        # in place: what bounds large noise is the memory it moves
+    E.neg_()                        # in place: memory traffic limits the speed of large noise
     E.log1p_()
     E.neg_()
     return E.clamp_(min=1e-30).to(dtype)
@@ -325,7 +325,7 @@ class Student(nn.Module):
         with torch.no_grad():
             score = net.head(h_masked) + z                      # (M, V)
             best = score.topk(k, dim=-1).indices                # (M, k)
-        # the logits of these again, now with gradient: k rows of the head, not V
+        # the best tokens' logits again, with gradient: k rows of the head, not V
         logits = torch.einsum("mkc,mc->mk", F.embedding(best, net.head.weight), h_masked)
         score = logits + z.gather(-1, best)                     # (M, k)
         weight = (self.scale * score).softmax(dim=-1)
@@ -355,7 +355,7 @@ def change_noise(xi, noise):
 
 def block_mask(seq_len, block_size, device):
     """BD3-LM's training mask over xt and then x0: (2T, 2T) bool, True where a row sees a column.
-    A block of xt sees itself and the blocks of x0 before it, a block of x0 those up to itself."""
+    A block of xt sees itself and the earlier blocks of x0. A block of x0 sees x0 up to itself."""
     i = torch.arange(2 * seq_len, device=device)
     block = i % seq_len // block_size
     is_xt = i < seq_len
@@ -420,8 +420,8 @@ def student_loss(student, teacher, x0, t, generator, xi=None, loss="ce"):
 # -----------------------------------------------------------------------------
 # 6. Sampling: the noise is drawn once and kept over all steps
 def sequence_noise(seed, index, seq_len, model):
-    """All draws of the texts number `index` (n,), by (seed, number) alone: noise xi (n, T, V), and
-    u (n, 2, T) in [0, 1): when a token is filled, and where in its distribution it is drawn."""
+    """All draws of the texts number `index` (n,); they depend on (seed, number) alone. xi (n, T, V)
+    is the noise. u (n, 2, T) in [0, 1) says when a token is filled, and which one is drawn."""
     like = next(model.parameters())
     xi, u = [], []
     for i in index.tolist():
@@ -463,7 +463,7 @@ def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="rand
     order: random         ancestral, as MDLM: a token is filled when time falls below its u[:, 0].
                           A step from time t to s fills a masked token with probability (t - s) / t
            first-hitting  the same order, but the same number each step (Zheng et al. 2025)
-           confidence     the same number each step, those first of which the student is surest
+           confidence     the same number each step, the student's surest tokens first
            left           the same number each step, from left to right
     xi (B, T, V) and u (B, 2, T) come from sequence_noise. Known tokens of xt (B, T) are kept, it is
     mask_id elsewhere. on_step is called with the text after each step. Returns: (B, T) long
@@ -678,7 +678,7 @@ def load_model(path, device):
 
 
 def check_equal(path, there, here):
-    """UserError if a value of the dict `here` is another one in `there`, the checkpoint's."""
+    """UserError unless the checkpoint's dict `there` has every value of the dict `here`."""
     for name, value in here.items():
         if there.get(name) != value:
             raise UserError(f"{path} was trained with {name} {there.get(name)}, not {value}: use "
@@ -842,7 +842,7 @@ def get_student(name, cfg, teacher, data):
 
     torch.manual_seed(cfg.seed)
     student = Student(cfg, name, teacher.vocab_size)
-    if cfg.init_from:  # as BD3-LM from MDLM, which has no noise embedding: it stays as it is here
+    if cfg.init_from:  # e.g. BD3-LM from MDLM; what MDLM lacks (noise embedding) stays new
         saved = load_checkpoint(cfg.init_from)
         if saved["name"] not in (name, "mdlm", "bd3lm"):
             raise UserError(f"--init-from {cfg.init_from}: holds no mdlm and no {name}")
@@ -856,7 +856,7 @@ def get_student(name, cfg, teacher, data):
 # 9. Table: quality, spread, and agreement with the teacher for each number of steps
 @torch.no_grad()
 def compare_with_teacher(x, teacher_text, teacher, seed):
-    """How far texts x (N, T) are what the teacher writes from the same noise (that of `seed`).
+    """How far texts x (N, T) equal the teacher's texts from the same noise (that of `seed`).
     teacher_nll             -log p of x under the teacher, nats per token
     agree_token, agree_seq  share of tokens, of whole texts, equal to teacher_text
     accept                  share of tokens that the teacher, too, would choose after x's own prefix

@@ -222,7 +222,10 @@ def draw_judged(folder, path=None):
             axis.plot([nfe for nfe, _ in points], [y for _, y in points], color=color,
                       marker=marker, ls=ls, label=f"{title}: {name}")
         label_axes(axis, {row["nfe"] for row in rows}, ylabel)
-    axes[0].set_yscale("log")
+    axes[0].set_yscale("log", base=2)
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    for axis in axes[1:]:  # from zero, or differences look larger than they are
+        axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
                   fontsize=8)
     figure.savefig(path, dpi=150)
