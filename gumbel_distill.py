@@ -119,7 +119,6 @@ class Transformer(nn.Module):
 
     def forward(self, x, mask=None, pos=None, cache=None, between=None):
         """Embeddings x (B, T, C) at positions pos (T,) -> hidden states (B, T, C).
-
         mask     (T, S) bool, True where a position may look; None: causal or full attention
         cache    KVCache of the tokens before x; a causal one takes one token at a time
         between  function that changes the hidden states, called at each quarter of the layers
@@ -234,7 +233,8 @@ def serial_extraction(teacher, xi, xt=None):
     tokens of xt (B, T) are kept, it is V elsewhere. Takes T cached passes.
     """
     B, T, V = xi.shape
-    net, cache = teacher.net, KVCache()
+    net = teacher.net
+    cache = KVCache()
     x0 = []
     token = torch.full((B, 1), teacher.bos_id, device=xi.device)
     for i in range(T):
@@ -290,7 +290,6 @@ class Student(nn.Module):
 
     def forward(self, xt, xi=None, x0=None, cache=None):
         """Logits at the masked positions of xt (B, T), row by row: (M, V).
-
         xi     (M, V) Gumbel noise of these positions, in the same order
         x0     (B, T) clean text, in training: each block of xt sees the blocks of x0 before it
         cache  KVCache of the blocks before xt
@@ -751,7 +750,8 @@ def train(model, loss_fn, data, cfg, names, **settings):
     print(f"{model.name}: {n_params:.2f}M parameters | {cfg.device} | {cfg.dtype} | uniform loss "
           f"{math.log(model.vocab_size):.2f} | from step {step}/{cfg.max_steps}")
 
-    start, first_step = time.time(), step
+    start = time.time()
+    first_step = step
     losses = []
     while step < cfg.max_steps:
         losses.append(backward(model, loss_fn, data, cfg, step))
