@@ -207,7 +207,6 @@ def sample_gumbel(shape, generator, dtype=torch.float32):
 
 def posterior_gumbel(logp, x0, generator):
     """Draw the noise that would have made the teacher pick x0: parallel extraction (Theorem 4.1).
-
     With p = exp(logp) and E, E0 ~ Exp(1):   xi[k]  = -log(E[k] + p[k] E0)      for the losers
                                              xi[x0] = -log E0 - log p[x0]       for the winner
     This is the paper's formula with zeta = -log E, in a form that cannot overflow.
@@ -258,7 +257,6 @@ DRAFT_TOKENS = 8                    # a draft mixes the embeddings of that many 
 
 class Student(nn.Module):
     """Masked diffusion model. Its name says which noise it reads at the masked tokens, and how.
-
     mdlm, bd3lm   no noise. MDLM (Sahoo et al. 2024) has one block. BD3-LM (Arriola et al. 2025) is
                   autoregressive over blocks, with masked diffusion in each
     gumbel        the paper's noise injection: W softmax(xi) replaces the embedding of [MASK]
@@ -457,7 +455,6 @@ def is_among_best(score, is_masked, n):
 def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="random", xt=None,
            on_step=None):
     """Fill all masked tokens, from t = 1 to t = 0: at once or, with blocks, one after the other.
-
     Each block takes nfe steps. A text longer than seq_len is written in a moving window.
     order: random         ancestral, as MDLM: a token is filled when time falls below its u[:, 0].
                           A step from time t to s fills a masked token with probability (t - s) / t
@@ -916,10 +913,13 @@ def prepare(cfg):
 
 
 def finish():
-    """Leave the group of processes together: gloo may abort one that others still talk to."""
+    """Leave the group of processes together. Then end without the interpreter's clean-up, in which
+    a thread of gloo that is still alive would abort the process."""
     if WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def run(cfg):
