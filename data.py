@@ -345,12 +345,35 @@ PIECE = 2**16                   # longest piece of text, in characters, that is 
 MAX_VAL_TOKENS = 10_000_000     # of the 10 % that are held back where there are no --val-files
 
 
+# LM1B's text is torn apart: " he didn 't pay £ 5 , " she said . These rules, in this order, join it.
+# As MDLM's detokenizer they undo contractions, quotes, brackets, web addresses and " / ".
+OPENS = r"(?:(?<!s ')|(?<=\b[iau]s ')|(?<=\b(?:was|has|his) ')|(?<=\b(?:this|says) '))"
+TORN = [(re.compile(pattern), whole) for pattern, whole in [
+    (r" : / / ", "://"),
+    (r" / ", "/"),
+    (r" @ (?=\w+\.\w)", "@"),
+    (r" : (?<=\d : )(?=\d\d\b)", ":"),                          # 9 : 30
+    (r'^([^"]*[,.!?]) "(?= [a-z])', r'\1"'),                    # begun before: it ends , " he said
+    (r'"(?<!\S") (.+?) "(?!\S)', r'"\1"'),                     # then quotes open and close in turn
+    (r' "$', '"'),
+    (r'"(?<!\S") (?=\S)', '"'),
+    (r" '(?=(?:t|s|re|ve|m|ll|d|T|S)\b)", "'"),                 # don 't, Anna 's
+    (r" ' (?<=\. ' )(?=s\b)", "'"),                            # L.A. ' s
+    (r" '(?<=\b[b-hj-zB-HJ-Z] ')(?=\w)", "'"),                 # O 'Brien, six o 'clock
+    (r"(?<!\S)' (?=\d0s\b)", "'"),                             # the ' 70s
+    (r"'(?<!\S')" + OPENS + r" (.+?) '(?!\S)", r"'\1'"),       # a ' quoted ' word
+    (r" '(?<=\w ')(?!\S)", "'"),                               # the players ' union
+    (r" ([.,!?;:%)\]}]+)(?=[\"']?(?!\S))", r"\1"),
+    (r"([(\[{]) ", r"\1"),
+    (r"([$£€#]) (?=[\d.(])", r"\1"),
+]]
+
+
 def detokenize(text):
-    """LM1B's " ," " 's" " n't" "( " and the like as people write them."""
-    text = re.sub(r"\s+(n't|'(?:s|re|ve|ll|d|m))\b", r"\1", text, flags=re.IGNORECASE)
-    text = re.sub(r"\s+([.,!?;:%)\]}])", r"\1", text)
-    text = re.sub(r"([(\[{$£€#])\s+", r"\1", text)
-    return re.sub(r'"\s*([^"]*?)\s*"', r'"\1"', text)  # quotes open and close in turn
+    """A sentence of LM1B as people write it. Text that is not torn apart stays as it is."""
+    for pattern, whole in TORN:
+        text = pattern.sub(whole, text)
+    return text
 
 
 def read_pieces(source, by_line):
@@ -415,7 +438,7 @@ def load_tokens(cfg, name, source, tokenizer, limit):
     """
     is_hub = isinstance(source, tuple)
     state = source if is_hub else [(p, os.path.getsize(p), os.stat(p).st_mtime_ns) for p in source]
-    key = repr((cfg.dataset, state, tokenizer and tokenizer.state, limit))
+    key = repr((cfg.dataset, state, tokenizer and tokenizer.state, limit, TORN))
     digest = hashlib.sha1(key.encode()).hexdigest()[:12]
     path = os.path.join(CACHE, f"{cfg.dataset}-{name}-{digest}")
 
