@@ -167,19 +167,27 @@ class Teacher(nn.Module):
         self.bos_id = tokenizer.bos_id
         self.net = net or Transformer(cfg, self.vocab_size, causal=True)
 
+    def hidden(self, x0):
+        """Hidden states (B, T, C): state i has read BOS and the tokens of x0 (B, T) before i."""
+        bos = torch.full_like(x0[:, :1], self.bos_id)
+        x = torch.cat([bos, x0[:, :-1]], dim=1)
+        return self.net(self.net.embed(x))
+
     def forward(self, x0, is_masked=None):
         """logp of the tokens of x0 (B, T), given those before: (B, T, V); of the masked: (M, V)."""
-        bos = torch.full_like(x0[:, :1], self.bos_id)
-        x = torch.cat([bos, x0[:, :-1]], dim=1)                 # x[:, i] comes before x0[:, i]
-        h = self.net(self.net.embed(x))                         # (B, T, C)
+        h = self.hidden(x0)                                     # (B, T, C)
         if is_masked is not None:
             h = h[is_masked]                                    # (M, C)
-        return self.net.logits(h).log_softmax(dim=-1)
+        # Logits rounded to bfloat16 would contradict the teacher that writes texts in float32.
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.to(self.net.head.weight.dtype)
+            return self.net.logits(h).log_softmax(dim=-1)
 
 
 def teacher_loss(teacher, x0, *_):
     """Cross-entropy of x0 (B, T), in nats per token. (train hands every loss more than that.)"""
-    return F.nll_loss(teacher(x0).flatten(0, 1), x0.flatten())
+    logits = teacher.net.logits(teacher.hidden(x0))             # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), x0.flatten())
 
 
 # -----------------------------------------------------------------------------
@@ -191,13 +199,16 @@ def rng(*key, device="cpu"):
 
 
 def sample_exponential(shape, generator, dtype=torch.float32):
-    """E = -log(1 - u) ~ Exp(1), never 0. It is drawn in float64: float32 uniforms end at 6e-8,
-    which would cut xi = -log E off at 16.6."""
-    E = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-    E.neg_()                        # in place: memory traffic limits the speed of large noise
+    """E = -log(1 - u) ~ Exp(1), never 0 or infinite. u = (n + 1/2) / 2^31 with 31 random bits n
+    has full precision near 0, where E is small and xi = -log E large. So xi reaches 22.
+    (torch.rand has 24 bits in float32: its xi would end at 16.6.)"""
+    bits = torch.empty(shape, dtype=torch.int32, device=generator.device)
+    bits.random_(generator=generator)
+    E = bits.to(dtype)              # in place from here: memory limits the speed of large noise
+    E += 0.5
+    E *= -(1 - 2**-24) / 2**31      # -u, above -1 when rounded to float32, too
     E.log1p_()
-    E.neg_()
-    return E.clamp_(min=1e-30).to(dtype)
+    return E.neg_()
 
 
 def sample_gumbel(shape, generator, dtype=torch.float32):
@@ -221,8 +232,9 @@ def posterior_gumbel(logp, x0, generator):
     E = sample_exponential(logp.shape, generator, logp.dtype)
     E0 = sample_exponential(x0.shape, generator, logp.dtype)[..., None]    # (..., 1)
     winner = x0[..., None]                                      # (..., 1)
-    xi = -torch.log(E + logp.exp() * E0)
-    return xi.scatter(-1, winner, -E0.log() - logp.gather(-1, winner))
+    E += logp.exp() * E0
+    xi = E.log_().neg_()
+    return xi.scatter_(-1, winner, -E0.log() - logp.gather(-1, winner))
 
 
 @torch.no_grad()
@@ -284,7 +296,8 @@ class Student(nn.Module):
         if self.is_draft:
             self.scale = nn.Parameter(torch.ones(()))           # s
         elif self.noise:
-            self.embed_noise = nn.Linear(vocab_size, cfg.n_embd, bias=False)         # W
+            self.embed_noise = nn.Parameter(torch.empty(vocab_size, cfg.n_embd))    # W
+            nn.init.uniform_(self.embed_noise, -vocab_size**-0.5, vocab_size**-0.5)
 
     def forward(self, xt, xi=None, x0=None, cache=None):
         """Logits at the masked positions of xt (B, T), row by row: (M, V).
@@ -308,7 +321,7 @@ class Student(nn.Module):
             if self.is_draft:
                 between = partial(self.add_drafts, is_masked=is_masked, z=z)
             else:
-                x = put(x, is_masked, self.embed_noise(z.softmax(dim=-1)))
+                x = put(x, is_masked, z.softmax(dim=-1) @ self.embed_noise)
         h = self.net(x + self.embed_pos(pos), mask, pos, cache, between)
         return self.net.logits(h[is_masked])
 
@@ -719,6 +732,12 @@ def backward(model, loss_fn, data, cfg, step):
     return loss
 
 
+def compile_blocks(model):
+    """torch.compile each block; a model of transformers stays as it is."""
+    for block in getattr(model.net, "blocks", []):
+        block.compile()
+
+
 def train(model, loss_fn, data, cfg, names, **settings):
     """Train a Teacher or Student, or go on from its checkpoint, bit for bit on a CPU.
     All draws are keyed by (seed, step, piece). So the step is all there is to save of the random
@@ -741,8 +760,7 @@ def train(model, loss_fn, data, cfg, names, **settings):
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
     if cfg.compile:
-        for block in model.net.blocks:
-            block.compile()
+        compile_blocks(model)
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{model.name}: {n_params:.2f}M parameters | {cfg.device} | {cfg.dtype} | uniform loss "
           f"{math.log(model.vocab_size):.2f} | from step {step}/{cfg.max_steps}")
@@ -831,11 +849,16 @@ def teacher_data(teacher, data, cfg):
 
 def get_student(name, cfg, teacher, data):
     """The student of that name, trained or as it stands in this run's folder."""
+    labeller = teacher
+    if cfg.compile:  # a copy, for the sampler's many lengths would be compiled one by one
+        labeller = copy.deepcopy(teacher)
+        compile_blocks(labeller)
+
     def loss_fn(model, x0, t, generator, index=None):
         xi = None
         if cfg.labels == "teacher" and model.noise and index is not None:
             xi, _ = sequence_noise((cfg.seed, "labels"), index, cfg.seq_len, model)
-        return student_loss(model, teacher, x0, t, generator, xi, cfg.loss)
+        return student_loss(model, labeller, x0, t, generator, xi, cfg.loss)
 
     torch.manual_seed(cfg.seed)
     student = Student(cfg, name, teacher.vocab_size)

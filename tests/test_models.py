@@ -152,7 +152,7 @@ def dense_loss(student, x0, xt, xi, t):
 
     x, between = net.embed(xt), add_drafts
     if not student.is_draft:
-        x, between = torch.where(is_masked, z.softmax(-1) @ student.embed_noise.weight.T, x), None
+        x, between = torch.where(is_masked, z.softmax(-1) @ student.embed_noise, x), None
     h = net(x + student.embed_pos.weight, between=between)
     logp = net.head(h).log_softmax(-1)                          # (B, T, V)
     nll = -logp.gather(-1, x0[..., None])[..., 0]
