@@ -130,8 +130,8 @@ PRESETS = {
     "cities": dict(SMALL, seq_len=19, lr=2e-3, max_steps=4000, nfe=[1, 2, 4, 19], n_samples=1000),
     "text": dict(SMALL, tokenizer="char", seq_len=64, n_head=4, n_embd=128, batch_size=32, lr=2e-3,
                  max_steps=1500, nfe=[1, 4, 16, 64], n_samples=200),
-    "lm1b": dict(WEB, seq_len=128, batch_size=256, nfe=[4, 16, 64], n_samples=256),
-    "owt": dict(WEB, seq_len=1024, batch_size=32, nfe=[16, 64, 256], n_samples=32),
+    "lm1b": dict(WEB, seq_len=128, batch_size=256, nfe=[1, 4, 16, 32, 128], n_samples=256),
+    "owt": dict(WEB, seq_len=1024, batch_size=32, nfe=[16, 128, 512], n_samples=32),
 }
 
 
@@ -345,8 +345,8 @@ PIECE = 2**16                   # longest piece of text, in characters, that is 
 MAX_VAL_TOKENS = 10_000_000     # of the 10 % that are held back where there are no --val-files
 
 
-# LM1B's text is torn apart: " he didn 't pay £ 5 , " she said . These rules, in this order, join it.
-# As MDLM's detokenizer they undo contractions, quotes, brackets, web addresses and " / ".
+# LM1B's text is torn apart: " he didn 't pay £ 5 , " she said . These rules join it, one after the
+# other. As MDLM's detokenizer they undo contractions, quotes, brackets, web addresses and " / ".
 OPENS = r"(?:(?<!s ')|(?<=\b[iau]s ')|(?<=\b(?:was|has|his) ')|(?<=\b(?:this|says) '))"
 TORN = [(re.compile(pattern), whole) for pattern, whole in [
     (r" : / / ", "://"),

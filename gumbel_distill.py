@@ -761,6 +761,7 @@ def train(model, loss_fn, data, cfg, names, **settings):
         optimizer.load_state_dict(saved["optimizer"])
     if cfg.compile:
         compile_blocks(model)
+    torch.set_float32_matmul_precision("high")                  # GPU: labels' logits in TF32
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{model.name}: {n_params:.2f}M parameters | {cfg.device} | {cfg.dtype} | uniform loss "
           f"{math.log(model.vocab_size):.2f} | from step {step}/{cfg.max_steps}")
@@ -769,7 +770,12 @@ def train(model, loss_fn, data, cfg, names, **settings):
     first_step = step
     losses = []
     while step < cfg.max_steps:
-        losses.append(backward(model, loss_fn, data, cfg, step))
+        try:
+            losses.append(backward(model, loss_fn, data, cfg, step))
+        except torch.OutOfMemoryError as e:
+            raise UserError(f"{model.name}: out of memory; a piece of the batch has "
+                            f"{cfg.batch_size // cfg.grad_accum} sequences. --grad-accum "
+                            f"{2 * cfg.grad_accum} halves it; tests/gpu.py finds what fits") from e
         grad = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(cfg, step)
         optimizer.param_groups[0]["lr"] = lr
@@ -803,6 +809,7 @@ def train(model, loss_fn, data, cfg, names, **settings):
                      ema=ema.state_dict(), optimizer=optimizer.state_dict())
         torch.save(state, path + ".tmp")
         os.replace(path + ".tmp", path)     # a write that is cut off leaves the last one whole
+    torch.set_float32_matmul_precision("highest")
     return ema
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import gumbel_distill as gd
-from conftest import LETTERS, tiny_config
+from conftest import LETTERS, sharpened, tiny_config
 
 V, T = LETTERS.vocab_size, 6
 
@@ -39,6 +39,45 @@ def test_student_tells_positions_apart_when_all_is_masked():
     student = gd.Student(tiny_config(), "mdlm", V).eval()
     logits = student(torch.full((1, T), V))
     assert not torch.allclose(logits[0], logits[3], atol=1e-6)
+
+
+def test_rotary_attention_sees_order_and_distances_but_no_absolute_position():
+    """One causal block sums over what it sees: only its rotary angles can tell "ab" from "ba"."""
+    torch.manual_seed(0)
+    teacher = sharpened(gd.Teacher(tiny_config(n_layer=1), LETTERS).double())
+    ab, ba = teacher(torch.tensor([[0, 1, 2, 3], [1, 0, 2, 3]]))[:, -1]
+    assert (ab - ba).abs().max() > 1e-3
+    net, x = teacher.net, torch.randn(2, 4, 16, dtype=torch.float64, generator=gd.rng("x"))
+    pos = torch.arange(4)
+    assert torch.allclose(net(x, pos=pos), net(x, pos=pos + 7))
+    assert not torch.allclose(net(x, pos=pos), net(x, pos=2 * pos))
+
+
+def test_dropout_acts_on_what_attention_and_mlp_add():
+    block = gd.Block(16, 2, dropout=1.0)
+    x = torch.randn(2, 4, 16, generator=gd.rng("x"))
+    rope = gd.rotary(torch.arange(4), 8, x.dtype)
+    assert block.train()(x, rope, None, True, None).equal(x)
+    assert not block.eval()(x, rope, None, True, None).equal(x)
+
+
+@pytest.mark.parametrize("n_layer, before", [(4, [1, 2, 3]), (8, [2, 4, 6])])
+def test_drafts_are_read_at_each_quarter_of_the_layers(n_layer, before):
+    student = gd.Student(tiny_config(n_layer=n_layer), "gumbel-draft", LETTERS.vocab_size)
+    events, real = [], student.add_drafts
+
+    def add_drafts(h, **given):
+        events.append(h)
+        return real(h, **given)
+    student.add_drafts = add_drafts
+    for block in student.net.blocks:
+        block.register_forward_hook(lambda *_: events.append("block"))
+    xi = gd.sample_gumbel((6, 7), gd.rng("xi"))
+    student(torch.full((1, 6), 7), xi)
+    drafts = [i for i, event in enumerate(events) if isinstance(event, torch.Tensor)]
+    assert [i - n for n, i in enumerate(drafts)] == before      # blocks that ran before each draft
+    a, b, c = (events[i] for i in drafts)
+    assert not a.equal(b) and not b.equal(c)
 
 
 def test_cached_equals_uncached(tiny):

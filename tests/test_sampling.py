@@ -83,6 +83,25 @@ def test_temperature_one_draws_the_students_probabilities_and_zero_the_argmax():
     assert (gd.sample(Recorder(logits), *draws(9), 2) == logits[0].argmax()).all()
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_temperature_divides_the_logits(temperature):
+    logits = torch.tensor([1.0, 0.0, -1.0])
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    drawn = gd.draw_tokens(logits.expand(10_000, 3), u, temperature, 1.0)
+    share = drawn.bincount(minlength=3) / 10_000
+    expected = logits.div(temperature).exp()
+    assert torch.allclose(share, expected / expected.sum(), atol=2e-4)
+
+
+def test_tau_scales_the_noise_once_in_both_samplers(tiny):
+    _, teacher, student = tiny
+    xi, u = gd.sequence_noise(0, torch.arange(40), 6, student)
+    assert gd.sample(student, xi, u, 2, tau=0.5).equal(gd.sample(student, 0.5 * xi, u, 2))
+    text = gd.generate(teacher, 40, 6, tau=0.5)
+    assert text.equal(gd.serial_extraction(teacher, 0.5 * xi))
+    assert not text.equal(gd.serial_extraction(teacher, xi))
+
+
 def test_top_p_keeps_the_smallest_set_that_reaches_p():
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15, 0.0, 0.0])
     u = torch.linspace(0, 1 - 1e-9, 10_001, dtype=torch.float64)

@@ -14,6 +14,7 @@ import torch
 
 import gumbel_distill as gd
 from conftest import CPU, ROOT, tiny_config
+from data import run_cli
 
 
 def config(folder, **more):
@@ -154,7 +155,8 @@ def test_pieces_of_a_batch_add_up_to_its_gradient(tmp_path):
     model, loss, grads = backward(step=3)
     rows = [i for index, _, _ in backward.calls for i in index]
     assert len(backward.calls) == 4 and len(rows) == 8 and len(set(rows)) > 4
-    whole = gd.teacher_loss(model, backward.data.rows(rows))
+    x0 = backward.data.rows(rows)
+    whole = -model(x0).gather(-1, x0[..., None]).mean()
     assert torch.allclose(loss.double(), whole)
     for ours, expected in zip(grads, torch.autograd.grad(whole, list(model.parameters()))):
         assert torch.allclose(ours, expected, atol=1e-12)
@@ -427,6 +429,75 @@ def test_a_cut_off_write_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch)
     assert gd.load_checkpoint(f"{cut.out_dir}/teacher.pt")["step"] == 4
     for a, b in zip(whole, trained(cut), strict=True):
         assert_same_state(a, b)
+
+
+def test_out_of_memory_names_the_piece_and_the_flag_that_halves_it(tmp_path, monkeypatch):
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(gd, "teacher_loss", too_large)
+    with pytest.raises(gd.UserError, match="piece of the batch has 4 .*--grad-accum 4"):
+        gd.run(config(tmp_path, grad_accum=2))
+
+
+def test_other_faults_of_a_gpu_keep_their_traceback(tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(gd, "teacher_loss", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_cli(lambda: gd.run(config(tmp_path)))
+
+
+def after_steps(folder, loss_fn, n=1, **more):
+    """The checkpoint of a teacher after n steps with that loss."""
+    cfg, data = gd.prepare(config(folder, max_steps=n, eval_every=n, warmup=0, **more))
+    torch.manual_seed(0)
+    gd.train(gd.Teacher(cfg, data.tokenizer), loss_fn, data, cfg, [])
+    return gd.load_checkpoint(f"{cfg.out_dir}/teacher.pt")
+
+
+def test_weights_do_not_decay(tmp_path):
+    def nothing(*given):
+        return 0 * gd.teacher_loss(*given)
+    after_one = after_steps(tmp_path, nothing)["model"]
+    after_five = after_steps(tmp_path, nothing, n=5, out_dir=str(tmp_path / "five"))["model"]
+    assert all(p.equal(after_one[name]) for name, p in after_five.items())
+
+
+def test_gradients_are_clipped_to_norm_one(tmp_path):
+    """Adam's first moment after one step is a tenth of the gradient that it was given."""
+    saved = after_steps(tmp_path, lambda *given: 1000 * gd.teacher_loss(*given))
+    moments = [slot["exp_avg"].norm() for slot in saved["optimizer"]["state"].values()]
+    assert torch.stack(moments).norm().item() == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_training_multiplies_in_its_dtype(dtype, tmp_path):
+    seen = set()
+
+    def loss_fn(model, x0, *_):
+        if model.training:                                      # validation is in float32
+            seen.add(model.net.head(model.hidden(x0)).dtype)
+        return gd.teacher_loss(model, x0)
+    after_steps(tmp_path, loss_fn, dtype=dtype)
+    assert seen == {getattr(torch, dtype)}
+
+
+def test_compiled_training_takes_the_same_steps(tmp_path, monkeypatch):
+    """With the backend "aot_eager", which needs no compiler; each block is compiled."""
+    real, compiled = torch.nn.Module.compile, []
+
+    def compile_eagerly(module):
+        compiled.append(module)
+        real(module, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    runs = []
+    for is_compiled in (False, True):
+        cfg = config(tmp_path, compile=is_compiled, dropout=0.0, students=["gumbel-draft"],
+                     n_layer=4, out_dir=str(tmp_path / str(is_compiled)))
+        runs.append([saved["model"] for saved in trained(cfg)])
+    assert len(compiled) == 4 * 3                               # teacher, its copy, the student
+    for plain, with_it in zip(*runs):
+        assert all(torch.allclose(p, with_it[name], atol=1e-5) for name, p in plain.items())
 
 
 def test_non_finite_loss_names_its_model_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
