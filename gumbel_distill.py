@@ -113,9 +113,12 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
         self.head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # as GPT-2: smaller where a block writes to the residual stream
-                is_residual = name.endswith("out.weight")
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if is_residual else 0.02)
+            is_residual = name.endswith("out.weight")           # as GPT-2
+            std = 0.02 / math.sqrt(2 * cfg.n_layer) if is_residual else 0.02
+            if name.endswith("qkv.weight"):  # queries and keys of variance 1: from 0.02 on, a
+                std = cfg.n_embd**-0.5       # narrow MDLM predicts mere frequencies for long
+            if p.dim() == 2:
+                nn.init.normal_(p, std=std)
 
     def forward(self, x, mask=None, pos=None, cache=None, between=None):
         """Embeddings x (B, T, C) at positions pos (T,) -> hidden states (B, T, C).
@@ -200,8 +203,7 @@ def rng(*key, device="cpu"):
 
 def sample_exponential(shape, generator, dtype=torch.float32):
     """E = -log(1 - u) ~ Exp(1), never 0 or infinite. u = (n + 1/2) / 2^31 with 31 random bits n
-    has full precision near 0, where E is small and xi = -log E large. So xi reaches 22.
-    (torch.rand has 24 bits in float32: its xi would end at 16.6.)"""
+    stays precise near 0, where xi = -log E is large: it reaches 22, with torch.rand only 16.6."""
     bits = torch.empty(shape, dtype=torch.int32, device=generator.device)
     bits.random_(generator=generator)
     E = bits.to(dtype)              # in place from here: memory limits the speed of large noise
@@ -233,7 +235,7 @@ def posterior_gumbel(logp, x0, generator):
     E0 = sample_exponential(x0.shape, generator, logp.dtype)[..., None]    # (..., 1)
     winner = x0[..., None]                                      # (..., 1)
     E += logp.exp() * E0
-    xi = E.log_().neg_()
+    xi = -E.log_()
     return xi.scatter_(-1, winner, -E0.log() - logp.gather(-1, winner))
 
 
@@ -332,10 +334,9 @@ class Student(nn.Module):
         net = self.net
         k = min(DRAFT_TOKENS, self.vocab_size)
         h_masked = net.norm(h[is_masked])                       # (M, C)
-        with torch.no_grad():
-            score = net.head(h_masked) + z                      # (M, V)
-            best = score.topk(k, dim=-1).indices                # (M, k)
-        # the best tokens' logits again, with gradient: k rows of the head, not V
+        # all logits, without gradient, to choose; then those of the k best again, with it
+        score = F.linear(h_masked.detach(), net.head.weight.detach()) + z  # (M, V)
+        best = score.topk(k, dim=-1).indices                    # (M, k)
         logits = torch.einsum("mkc,mc->mk", F.embedding(best, net.head.weight), h_masked)
         score = logits + z.gather(-1, best)                     # (M, k)
         weight = (self.scale * score).softmax(dim=-1)
@@ -733,7 +734,7 @@ def backward(model, loss_fn, data, cfg, step):
 
 
 def compile_blocks(model):
-    """torch.compile each block; a model of transformers stays as it is."""
+    """torch.compile each block, but none of a model of transformers."""
     for block in getattr(model.net, "blocks", []):
         block.compile()
 
@@ -856,9 +857,8 @@ def teacher_data(teacher, data, cfg):
 
 def get_student(name, cfg, teacher, data):
     """The student of that name, trained or as it stands in this run's folder."""
-    labeller = teacher
-    if cfg.compile:  # a copy, for the sampler's many lengths would be compiled one by one
-        labeller = copy.deepcopy(teacher)
+    labeller = copy.deepcopy(teacher) if cfg.compile else teacher
+    if cfg.compile:  # a copy: the sampler's many lengths would each be compiled
         compile_blocks(labeller)
 
     def loss_fn(model, x0, t, generator, index=None):

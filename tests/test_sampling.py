@@ -206,7 +206,7 @@ def test_agreement_of_the_teacher_with_itself_is_one_and_other_noise_shows_the_f
     logp = teacher(text).gather(-1, text[..., None])
     assert scores["teacher_nll"] == pytest.approx(-logp.mean().item())
     floor = gd.compare_with_teacher(text.roll(1, 0), text, teacher, 2)
-    assert floor["agree_token"] < 0.8 and floor["agree_seq"] < 0.2 and floor["accept"] < 0.9
+    assert floor["agree_token"] < 0.8 and floor["agree_seq"] < 0.3 and floor["accept"] < 0.9
     wrong = text.clone()
     wrong[:, 2] = (wrong[:, 2] + 1) % V
     scores = gd.compare_with_teacher(wrong, text, teacher, 2)
