@@ -130,6 +130,8 @@ PRESETS = {
     "cities": dict(SMALL, seq_len=19, lr=2e-3, max_steps=4000, nfe=[1, 2, 4, 19], n_samples=1000),
     "text": dict(SMALL, tokenizer="char", seq_len=64, n_head=4, n_embd=128, batch_size=32, lr=2e-3,
                  max_steps=1500, nfe=[1, 4, 16, 64], n_samples=200),
+    "tinystories": dict(SMALL, tokenizer="gpt2-1024", seq_len=64, n_head=4, n_embd=128,
+                        batch_size=32, lr=2e-3, max_steps=4000, nfe=[1, 4, 16, 64], n_samples=200),
     "lm1b": dict(WEB, seq_len=128, batch_size=256, nfe=[1, 4, 16, 32, 128], n_samples=256),
     "owt": dict(WEB, seq_len=1024, batch_size=32, nfe=[16, 128, 512], n_samples=32),
 }
@@ -141,7 +143,8 @@ def load_data(cfg):
         return load_text(cfg)
     for name in ("train_files", "val_files", "tokenizer", "max_tokens"):
         if getattr(cfg, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} goes with --dataset text, lm1b or owt; "
+            texts = ", ".join(other for other in PRESETS if other not in GENERATED)
+            raise UserError(f"--{name.replace('_', '-')} goes with --dataset {texts}; "
                             f"{cfg.dataset} is generated")
     return GENERATED[cfg.dataset](cfg)
 
@@ -167,6 +170,18 @@ def tv_exact_sampler(n_outcomes, n):
     return float(np.mean([total_variation(counts) for counts in draws]))
 
 
+def tv_independent(paths):
+    """Total variation between equally likely paths (n, T) and independent draws of each position
+    from its own distribution: the best that MDLM's loss can teach one step. No training mends it,
+    for with one [MASK] all that the student reads is the same for every path."""
+    product = np.ones(len(paths))
+    for column in paths.T:
+        _, token, counts = np.unique(column, return_inverse=True, return_counts=True)
+        product *= counts[token] / len(paths)
+    outside = 1 - product.sum()                                 # its mass on what is no path
+    return 0.5 * float(np.abs(product - 1 / len(paths)).sum() + outside)
+
+
 def token_entropy(x):
     """Mean over texts (N, T) of the entropy of their token counts, in nats."""
     total = 0.0
@@ -183,11 +198,17 @@ COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "valid": ".1
 
 
 def print_table(rows, columns=COLUMNS):
-    """Rows (dicts) as aligned text, with those of the columns that any row has."""
+    """Rows (dicts) as aligned text, with those of the columns that any row has. Where a row has a
+    NAME_se, too, it stands behind NAME."""
     names = [name for name in columns if any(name in row for row in rows)]
     lines = [names]
     for row in rows:
-        lines.append([format(row[name], columns[name]) if name in row else "" for name in names])
+        lines.append([])
+        for name in names:
+            cell = format(row[name], columns[name]) if name in row else ""
+            if name + "_se" in row:
+                cell += " ± " + format(row[name + "_se"], columns[name])
+            lines[-1].append(cell)
     widths = [max(map(len, column)) for column in zip(*lines)]
     for first, *others in lines:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
@@ -251,6 +272,7 @@ def load_maze(cfg):
         counts = np.bincount(hits, minlength=len(paths))
         return {"valid": len(hits) / len(x), "distinct": int((counts > 0).sum()),
                 "distinct_of": len(paths), "tv": total_variation(counts, len(x) - len(hits)),
+                "tv_independent": tv_independent(paths),
                 "tv_exact_sampler": tv_exact_sampler(len(paths), len(x))}
 
     rows = paths[np.random.default_rng(0).integers(len(paths), size=22_000)]
@@ -338,7 +360,9 @@ GENERATED = {"maze": load_maze, "cities": load_cities}
 
 # Where running text comes from when no --train-files are given: (name, split) on the Hugging Face
 # hub. These copies are parquet; those under the bare names are scripts, which `datasets` refuses.
-HUB = {"lm1b": {"train": ("dvruette/lm1b", "train"), "val": ("dvruette/lm1b", "test")},
+HUB = {"tinystories": {"train": ("roneneldan/TinyStories", "train"),
+                       "val": ("roneneldan/TinyStories", "validation")},
+       "lm1b": {"train": ("dvruette/lm1b", "train"), "val": ("dvruette/lm1b", "test")},
        "owt": {"train": ("Skylion007/openwebtext", "train")}}
 CACHE = "data"                  # folder of the tokenised texts
 PIECE = 2**16                   # longest piece of text, in characters, that is tokenised at once
@@ -480,7 +504,7 @@ def find_files(flag, pattern):
 
 
 def load_text(cfg):
-    """Running text from files, or for lm1b and owt from the hub, through the token cache."""
+    """Running text from files or, for the datasets of HUB, from there; through the token cache."""
     hub = HUB.get(cfg.dataset, {})
     train, val = hub.get("train"), hub.get("val")
     if cfg.train_files:

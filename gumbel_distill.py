@@ -113,11 +113,11 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
         self.head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         for name, p in self.named_parameters():
-            # As GPT-2. But qkv keeps nn.Linear's default: from 0.02 on, the attention of a narrow
-            # MDLM stays flat for long, and it predicts mere token frequencies.
+            # As GPT-2. But a student's attention keeps nn.Linear's default: from 0.02 on it stays
+            # flat for long in a narrow model, and MDLM predicts mere token frequencies.
             is_residual = name.endswith("out.weight")
             std = 0.02 / math.sqrt(2 * cfg.n_layer) if is_residual else 0.02
-            if p.dim() == 2 and not name.endswith("qkv.weight"):
+            if p.dim() == 2 and (causal or not name.endswith("qkv.weight")):
                 nn.init.normal_(p, std=std)
 
     def forward(self, x, mask=None, pos=None, cache=None, between=None):

@@ -195,21 +195,21 @@ def verified(student, teacher, n, seed, known, ratio):
 
 
 # -----------------------------------------------------------------------------
-# Judges: generative perplexity, MAUVE, distinct-n, NELBO
+# Scores: generative perplexity, MAUVE, energy distance, repetition, NELBO
 OWN_MODEL = "the word teacher: our own AR model"
 
 
 @torch.no_grad()
 def hf_nll(texts, model, tokenizer, device="cpu"):
-    """Sum of -log p in nats, and number of tokens scored, of texts under a transformers model.
+    """Sum of -log p in nats, and number of tokens scored, of each text under a transformers model.
 
     Texts are tokenised anew for the judge. The first token of a text and ends of text are not
     scored. A text that is longer than the judge can read is read in windows that overlap by half.
     """
     longest = getattr(model.config, "max_position_embeddings", 1024)
-    total, count = 0.0, 0
+    totals, counts = torch.zeros(len(texts)), torch.zeros(len(texts))
     model.to(device)
-    for text in tqdm(texts, desc="judge", disable=None, leave=False):
+    for i, text in enumerate(tqdm(texts, desc="judge", disable=None, leave=False)):
         text = text.replace("<|endoftext|>", tokenizer.eos_token or "")
         ids = torch.tensor(tokenizer.encode(text), device=device)
         done = 1                                                # tokens before are scored, or first
@@ -221,23 +221,23 @@ def hf_nll(texts, model, tokenizer, device="cpu"):
             logp = model(window[None]).logits[0, :-1].float().log_softmax(dim=-1)
             nll = -logp.gather(-1, window[1:, None])[n_old - 1:, 0]
             is_scored = window[n_old:] != tokenizer.eos_token_id
-            total += nll[is_scored].sum().item()
-            count += is_scored.sum().item()
+            totals[i] += nll[is_scored].sum().item()
+            counts[i] += is_scored.sum().item()
             done = start + len(window)
-    return total, count
+    return totals, counts
 
 
 @torch.no_grad()
 def teacher_nll(x, teacher):
     """The same of token ids x (N, T) under our own AR model, without tokenising anew."""
-    total, count = 0.0, 0
+    totals, counts = [], []
     for index in sampling_batches(len(x), x.size(1), teacher.vocab_size):
         rows = x[index]
         nll = -teacher(rows).gather(-1, rows[..., None])[:, 1:, 0]
-        is_scored = rows[:, 1:] != teacher.bos_id
-        total += nll[is_scored].sum().item()
-        count += is_scored.sum().item()
-    return total, count
+        is_scored = rows[:, 1:] != teacher.bos_id               # (b, T - 1)
+        totals.append((nll * is_scored).sum(dim=1).cpu())
+        counts.append(is_scored.sum(dim=1).cpu())
+    return torch.cat(totals), torch.cat(counts)
 
 
 @torch.no_grad()
@@ -259,8 +259,9 @@ def text_features(texts, name, max_tokens):
 
 
 def mauve(p, q, seeds=range(25, 30)):
-    """MAUVE (Pillutla et al. 2021) of features p, q (n, d): mean and spread over k-means seeds.
+    """MAUVE (Pillutla et al. 2021) of features p, q (n, d), mean over the seeds of its k-means.
 
+    Returns: MAUVE; its standard error, from as many draws of n rows of p with replacement
     Raises: ValueError where features are degenerate: the library answers 0.75 then
     """
     for name, f in (("generated", p), ("reference", q)):
@@ -271,10 +272,14 @@ def mauve(p, q, seeds=range(25, 30)):
     stderr = os.dup(2)                                          # faiss warns of few points in C++
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
-        scores = [compute_mauve(p_features=p, q_features=q, seed=seed).mauve for seed in seeds]
+        scores, redrawn = [], []
+        for seed in seeds:
+            rows = np.random.default_rng(seed).integers(len(p), size=len(p))
+            scores.append(compute_mauve(p_features=p, q_features=q, seed=seed).mauve)
+            redrawn.append(compute_mauve(p_features=p[rows], q_features=q, seed=seed).mauve)
     finally:
         os.dup2(stderr, 2)
-    return float(np.mean(scores)), float(np.std(scores, ddof=1))
+    return float(np.mean(scores)), float(np.std(redrawn, ddof=1))
 
 
 @torch.no_grad()
@@ -300,28 +305,94 @@ def nelbo(student, x0, n_draws=20):
     return float(np.mean(means)), float(error)
 
 
-def distinct_n(x, n):
-    """Share of different n-grams among all of token ids x (N, T)."""
-    grams = x.unfold(1, n, 1).reshape(-1, n)
-    return len(grams.unique(dim=0)) / len(grams)
+def rep_n(x, n=4):
+    """Share of the n-grams of each text x (N, T) that stand in it before, (N,) (Rep-n)."""
+    grams = x.unfold(1, n, 1)                                   # (N, T - n + 1, n)
+    n_different = [len(of_one_text.unique(dim=0)) for of_one_text in grams]
+    return 1 - torch.tensor(n_different) / grams.size(1)
+
+
+def ngram_features(x, n_buckets=2048):
+    """Counts of hashed 1-, 2- and 3-grams of texts x (N, T), each row of length 1: (N, n_buckets).
+    They need no model. The square root keeps frequent tokens from deciding alone."""
+    counts = torch.zeros(len(x), n_buckets)
+    for n in (1, 2, 3):
+        grams = x.cpu().unfold(1, n, 1)                         # (N, T - n + 1, n)
+        bucket = (grams * torch.tensor([1, 7919, 104_729])[:n] + n).sum(dim=-1) % n_buckets
+        counts.scatter_add_(1, bucket, torch.ones(bucket.shape))
+    return torch.nn.functional.normalize(counts.sqrt(), dim=1).numpy()
+
+
+def bootstrap(statistic, n, n_draws=200):
+    """Standard error of statistic(weights): n texts are drawn anew from the n at hand, again and
+    again, and weights (n,) says how often each was drawn."""
+    draw = np.random.default_rng(0).multinomial
+    return float(np.std([statistic(draw(n, np.full(n, 1 / n))) for _ in range(n_draws)], ddof=1))
+
+
+def energy_distance(p, q):
+    """Energy distance (Szekely and Rizzo 2013) of features p (n, d) and q (m, d), unbiased:
+        2 E|P - Q| - E|P - P'| - E|Q - Q'|
+    0 where both have one distribution (estimates may be negative), else above 0.
+    Returns: the distance; its standard error, as the texts of p vary
+    Raises: ValueError for fewer than 10 texts
+    """
+    p, q = torch.as_tensor(p, dtype=torch.double), torch.as_tensor(q, dtype=torch.double)
+    n, m = len(p), len(q)
+    if min(n, m) < 10:
+        raise ValueError(f"only {min(n, m)} texts")
+    to_q = torch.cdist(p, q).mean(dim=1).numpy()                # (n,)
+    within_p = torch.cdist(p, p).numpy()                        # (n, n)
+    within_q = torch.cdist(q, q).sum().item() / (m * (m - 1))
+
+    def distance(weights):
+        n_pairs = weights.sum()**2 - (weights**2).sum()         # pairs of two different texts
+        return 2 * weights @ to_q / n - weights @ within_p @ weights / n_pairs - within_q
+    return float(distance(np.ones(n))), bootstrap(distance, n)
+
+
+def floors(data, n, seed):
+    """Texts without a model, which a good score must put below any model: name -> (n, T) long
+    (after arXiv 2606.08417). Each begins with real training text, or has its frequent tokens."""
+    T = data.seq_len
+    half = (T + 1) // 2
+    start = data.rows(np.random.default_rng(seed).integers(data.n_train, size=n))[:, :half]
+    counts = torch.from_numpy(data.train[:2**20].astype(np.int64)).bincount()
+    best, token = counts.topk(min(T, int((counts > 0).sum())))
+    drawn = torch.multinomial(best.double(), n * T, replacement=True, generator=rng(seed, "floor"))
+    return {f"floor: unigram, top {len(token)}": token[drawn].view(n, T),
+            f"floor: periodic, {half} tokens": start.repeat(1, 2)[:, :T],
+            f"floor: mirror, {half} tokens": torch.cat([start, start.flip(1)], dim=1)[:, :T]}
 
 
 # -----------------------------------------------------------------------------
 # Evaluation: one row for each checkpoint and setting
 EVAL_COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "gen_ppl": ".2f",
-                "mauve": ".3f", "mauve_sd": ".3f", "nelbo": ".4f", "nelbo_se": ".4f",
-                "distinct_1": ".3f", "distinct_2": ".3f", "samples_s": ".1f"}
+                "entropy": ".3f", "rep_4": ".3f", "mauve": ".3f", "energy": ".4f",
+                "energy_ngrams": ".4f", "nelbo": ".4f", "samples_s": ".1f"}
+LESS_IS_BETTER = {"gen_ppl": True, "mauve": False, "energy": True, "energy_ngrams": True,
+                  "rep_4": True}
 
 
 def judged(x, tokenizer, teacher, data, args, cfg):
-    """The scores of texts x (N, T) that need no reference, as a dict."""
+    """The scores of texts x (N, T) that need no reference, as a dict, with standard errors."""
     if args.judge == "teacher":
-        total, count = teacher_nll(x, teacher)
+        totals, counts = teacher_nll(x, teacher)
     else:
         judge = load_transformers(args.judge, "--judge", OWN_MODEL)
-        total, count = hf_nll([tokenizer.decode(row) for row in x], *judge, device=cfg.device)
-    return {"gen_ppl": math.exp(total / max(1, count)), "entropy": token_entropy(x),
-            "distinct_1": distinct_n(x, 1), "distinct_2": distinct_n(x, 2), **data.judge(x)}
+        totals, counts = hf_nll([tokenizer.decode(row) for row in x], *judge, device=cfg.device)
+    totals, counts = totals.double().numpy(), counts.double().numpy()
+
+    def perplexity(weights):
+        return math.exp(weights @ totals / max(1, weights @ counts))
+    scores = {"gen_ppl": perplexity(np.ones(len(x))), "gen_ppl_se": bootstrap(perplexity, len(x))}
+    of_each = {"entropy": torch.tensor([token_entropy(row[None]) for row in x])}
+    if x.size(1) >= 4:
+        of_each["rep_4"] = rep_n(x)
+    for name, values in of_each.items():
+        scores[name] = values.double().mean().item()
+        scores[name + "_se"] = values.double().std().item() / len(x)**0.5
+    return {**scores, **data.judge(x)}
 
 
 def features_of(x, tokenizer, teacher, args):
@@ -361,17 +432,26 @@ def evaluate(paths, args, cfg):
 
     def add(x, **about):
         rows.append({**about, **judged(x, tokenizer, teacher, data, args, cfg)})
-        try:
-            features = features_of(x[:n], tokenizer, teacher, args)
-            rows[-1]["mauve"], rows[-1]["mauve_sd"] = mauve(features, reference)
-        except ValueError as e:
-            print(f"warning: no MAUVE for {about}: {e}", file=sys.stderr)
+        row = rows[-1]
+        features = features_of(x[:n], tokenizer, teacher, args)
+        ngrams = ngram_features(x[:n]), ngram_features(real[:n])
+        for score, distance, given in [
+                ("mauve", mauve, (features, reference)),
+                ("energy", energy_distance, (features, reference)),
+                ("energy_ngrams", energy_distance, ngrams)]:
+            try:
+                row[score], row[score + "_se"] = distance(*given)
+            except ValueError as e:
+                print(f"warning: no {score} for {about}: {e}", file=sys.stderr)
         if about.get("temperature") == 0 and about["tau"] == 1:  # the noise alone decided
             rows[-1].update(compare_with_teacher(x, teacher_text, teacher, cfg.seed))
         with open(path, "w") as f:
             json.dump(rows, f, indent=1)
 
     add(real[n:], model="real text (ceiling)")
+    if args.floors:
+        for name, x in floors(data, cfg.n_samples, cfg.seed).items():
+            add(x.to(cfg.device), model=name)
     add(teacher_text, model="teacher", nfe=cfg.seq_len)
     for ckpt, (model, _, _) in zip(paths, models):
         if isinstance(model, Teacher):
@@ -391,8 +471,54 @@ def evaluate(paths, args, cfg):
             add(x, model=name, nfe=model.nfe_of_text(nfe), **settings, **bound,
                 samples_s=len(x) / (time.perf_counter() - start))
     print_table(rows, {**EVAL_COLUMNS, **COLUMNS})
+    print_fooled(rows)
+    frontier = at_equal_entropy(rows)
+    if frontier:
+        print("\nAt equal entropy, between the nearest settings of the sampler:")
+        print_table(frontier, {**EVAL_COLUMNS, **COLUMNS})
     print(f"\n{path} written; notebooks/classroom.py --judged {cfg.out_dir} draws it")
     return rows
+
+
+def at_equal_entropy(rows):
+    """A model writes duller text at a lower temperature or tau, and its perplexity falls. So the
+    scores are compared at one entropy, the highest that all curves reach. A curve has a model's
+    rows of one nfe. Between two rows the scores, and the log of gen_ppl, run linearly."""
+    curves = {}
+    for row in rows:
+        if "tau" in row:
+            curves.setdefault((row["model"], row["nfe"]), []).append(row)
+    curves = {key: sorted(curve, key=lambda row: row["entropy"])
+              for key, curve in curves.items() if len(curve) > 1}
+    entropy = min((curve[-1]["entropy"] for curve in curves.values()), default=0)
+    result = []
+    for (model, nfe), curve in curves.items():
+        at = {"model": model, "nfe": nfe, "entropy": entropy}
+        if curve[0]["entropy"] > entropy:
+            print(f"{model}, nfe {nfe}: all its texts have more entropy than {entropy:.3f}")
+            continue
+        for column in LESS_IS_BETTER:
+            known = [row for row in curve if column in row]
+            if not known:
+                continue
+            values = np.array([row[column] for row in known])
+            if column == "gen_ppl":
+                values = np.log(values)
+            value = float(np.interp(entropy, [row["entropy"] for row in known], values))
+            at[column] = math.exp(value) if column == "gen_ppl" else value
+        result.append(at)
+    return result
+
+
+def print_fooled(rows):
+    """Name the columns that put a text without a model above real text, the first row."""
+    for column, is_less_better in LESS_IS_BETTER.items():
+        sign = 1 if is_less_better else -1
+        for row in rows[1:]:
+            if row["model"].startswith("floor") and column in row and column in rows[0]:
+                if sign * row[column] < sign * rows[0][column]:
+                    print(f"fooled: {column} is {row[column]:.4g} for {row['model']!r}, and "
+                          f"{rows[0][column]:.4g} for real text")
 
 
 # -----------------------------------------------------------------------------
@@ -438,6 +564,8 @@ def main():
     parser.add_argument("--show-steps", action="store_true", help="print how a text is unmasked")
     parser.add_argument("--out", help="write the texts to this file, one JSON object a line")
     parser.add_argument("--eval", action="store_true", help="judge the checkpoints, in a table")
+    parser.add_argument("--floors", action="store_true", help="with --eval: also judge texts that "
+                        "no model wrote, which a good score must put last")
     parser.add_argument("--judge", default="gpt2-large", help="with --eval: whose perplexity; a "
                         "causal model of transformers, a folder, or teacher (gpt2-large)")
     parser.add_argument("--featurizer", default="gpt2-large", help="with --eval: whose features "

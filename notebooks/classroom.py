@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -200,7 +201,9 @@ def draw_judged(folder, path=None):
     Real text and the teacher are horizontal lines. Students of one name differ in the line style.
     """
     path = path or folder / "quality_vs_nfe.png"
-    real, teacher, *rows = json.loads((folder / "results.json").read_text())
+    table = json.loads((folder / "results.json").read_text())
+    real, teacher = table[0], next(row for row in table if row["model"] == "teacher")
+    rows = [row for row in table if "tau" in row]               # those of students
     lines = {}                                                  # label: rows
     for row in rows:
         name = "{model}, tau {tau:g}, temperature {temperature:g}".format(**row)
@@ -254,6 +257,42 @@ def draw_log(folder):
     return folder / "log.png"
 
 
+def draw_frontier(folder):
+    """The table of `sample.py --eval` with several --tau or --temperature: the judge's negative
+    log-likelihood against entropy; saved as frontier.png in its folder.
+
+    A panel has one number of steps, a curve one student. Texts to the right and below are better,
+    but a floor, which no model wrote, may lie there as well."""
+    table = json.loads((folder / "results.json").read_text())
+    rows = [row for row in table if "tau" in row]               # those of students
+    steps = sorted({row["nfe"] for row in rows})
+    figure, axes = plt.subplots(1, len(steps), figsize=(3.6 * len(steps), 3.6), squeeze=False,
+                                sharex=True, sharey=True, layout="constrained")
+    for axis, nfe in zip(axes[0], steps):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            curve = [row for row in rows if (row["model"], row["nfe"]) == (name, nfe)]
+            curve.sort(key=lambda row: row["entropy"])
+            color, marker, title = STYLE.get(name.split("/")[-1], (None, "v", name))
+            axis.plot([row["entropy"] for row in curve],
+                      [math.log(row["gen_ppl"]) for row in curve], color=color, marker=marker,
+                      label=title)
+        for row in table:
+            if "tau" not in row:
+                is_floor = row["model"].startswith("floor")
+                color, marker = (GREY, "x") if is_floor else ("black", "D")
+                if row["model"].startswith("real"):
+                    marker = "*"
+                axis.plot(row["entropy"], math.log(row["gen_ppl"]), color=color, marker=marker,
+                          ls="", label=row["model"])
+        axis.set(title=f"{nfe} step{'s' * (nfe > 1)}", xlabel="entropy of a text, nats")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("NLL under the judge,\nnats per token")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  fontsize=8)
+    figure.savefig(folder / "frontier.png", dpi=150)
+    return folder / "frontier.png"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--log", metavar="folder", help="draw this run's log.jsonl instead")
@@ -267,7 +306,7 @@ def main():
         if args.log:
             paths = [draw_log(Path(args.log))]
         elif args.judged:
-            paths = [draw_judged(Path(args.judged))]
+            paths = [draw_judged(Path(args.judged)), draw_frontier(Path(args.judged))]
         else:
             paths = [hero(Path(args.run), FIGURES / "hero.png"),
                      judged(Path(args.run), FIGURES / "maze_quality_vs_nfe.png")]

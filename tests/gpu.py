@@ -401,7 +401,7 @@ def train_and_judge(args, halves, seconds):
         students.append(gd.get_student(name, settings(name), teacher, text))
 
     def judged(x):
-        total, count = sample.teacher_nll(x, judge)
+        total, count = [each.sum().item() for each in sample.teacher_nll(x, judge)]
         return {"gen_ppl": math.exp(total / max(1, count))}
 
     text.judge = judged                                         # gd.evaluate asks it for its scores

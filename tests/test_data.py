@@ -132,3 +132,17 @@ def test_tiny_shakespeare_by_character_and_by_bpe(real_data):
     assert bpe.tokenizer.encode("Hello world").tolist() == [15496, 995]
     text = bpe.tokenizer.decode(bpe.rows([0])[0])
     assert text.startswith("First Citizen:\nBefore we proceed")
+
+
+def test_no_independent_draws_come_nearer_to_the_paths_in_one_step():
+    """The floor in closed form, against draws; and where the positions are independent it is 0."""
+    paths = np.array(data.maze_paths())
+    rng = np.random.default_rng(0)
+    drawn = np.stack([rng.choice(column, 400_000) for column in paths.T], axis=1)
+    number = {tuple(path): i for i, path in enumerate(paths.tolist())}
+    hits = [number[path] for path in map(tuple, drawn.tolist()) if path in number]
+    counts = np.bincount(hits, minlength=len(paths))
+    tv = data.total_variation(counts, len(drawn) - len(hits))
+    assert data.tv_independent(paths) == pytest.approx(tv, abs=2e-3)
+    assert data.tv_independent(np.array([[0, 2], [0, 3], [1, 2], [1, 3]])) == pytest.approx(0)
+    assert data.tv_independent(np.array([[0, 2], [1, 3]])) == pytest.approx(0.5)

@@ -55,6 +55,36 @@ def test_agreement_stands_above_its_floors(maze_run):
         assert row(rows, "gumbel-draft", 1)[column] > row(rows, "gumbel", 1)[column] + margin
 
 
+def test_shared_noise_makes_student_and_teacher_agree_as_daliri_et_al_prove(maze_run):
+    """Two that draw from p and q with the same Gumbel noise agree with a probability of at least
+    (1 - TV) / (1 + TV) (arXiv 2408.07978). With noise of their own they agree as often as p q."""
+    folder, _ = maze_run
+    teacher, _, saved = gd.load_model(str(folder / "teacher.pt"), "cpu")
+    student, _, _ = gd.load_model(str(folder / "mdlm.pt"), "cpu")
+    x0 = gd.load_data(gd.resolve(saved["config"])).val_rows(200)
+    g, n = gd.rng("coupling"), 400
+    bounds, agree, agree_alone = [], [], []
+    for i in range(10):                                         # the token after i known ones
+        xt = torch.full_like(x0, student.mask_id)
+        xt[:, :i] = x0[:, :i]
+        is_next = (torch.arange(10) == i).expand(x0.shape)
+        with torch.no_grad():
+            logp = teacher(x0, is_next)                         # (200, V)
+            logq = student(xt).log_softmax(dim=-1)[torch.arange(200) * (10 - i)]
+        tv = 0.5 * (logp.exp() - logq.exp()).abs().sum(dim=-1)
+        bounds.append((1 - tv) / (1 + tv))
+        xi, other = gd.sample_gumbel((2, n, *logp.shape), g)
+        choice = (logp + xi).argmax(dim=-1)                     # (n, 200)
+        agree.append((choice == (logq + xi).argmax(dim=-1)).double().mean(dim=0))
+        agree_alone.append((choice == (logq + other).argmax(dim=-1)).double().mean(dim=0))
+    bounds, agree, agree_alone = map(torch.cat, (bounds, agree, agree_alone))
+    print(f"agreement {agree.mean():.3f}, bound {bounds.mean():.3f}, own noise "
+          f"{agree_alone.mean():.3f}")
+    error = (bounds * (1 - bounds) / n).sqrt()
+    assert (agree >= bounds - 5 * error - 1e-3).all() and agree.mean() > bounds.mean()
+    assert agree_alone.mean() < bounds.mean() - 0.1             # the law needs the same noise
+
+
 @pytest.mark.parametrize("name, most", [("mdlm", 4.5), ("gumbel", 4.5), ("gumbel-draft", 2.5)])
 def test_exact_mode_is_the_teacher_in_fewer_rounds(name, most, maze_run):
     folder, rows = maze_run

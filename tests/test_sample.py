@@ -1,6 +1,7 @@
 """sample.py: prompts, samplers, judges, the table.   python -m pytest tests/test_sample.py"""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -88,15 +89,17 @@ def direct_nll(model, ids):
 def test_generative_perplexity_equals_a_direct_computation(gpt2_folder):
     model, words = data.load_transformers(str(gpt2_folder), "--judge", "")
     texts = ["The cat sat.", "To be, or not<|endoftext|>to be."]
-    total, count = 0.0, 0
+    totals, counts = [], []
     for text in texts:
         ids = torch.tensor(words.encode(text))
         nll = direct_nll(model, ids)
         is_scored = ids[1:] != 50256
         assert is_scored.all() == ("endoftext" not in text)
-        total, count = total + nll[is_scored].sum().item(), count + is_scored.sum().item()
+        totals.append(nll[is_scored].sum())
+        counts.append(is_scored.sum())
     ours = sample.hf_nll(texts, model, words)
-    assert ours[1] == count and ours[0] == pytest.approx(total, rel=1e-5)
+    assert ours[1].equal(torch.stack(counts).float())
+    assert torch.allclose(ours[0], torch.stack(totals), rtol=1e-5)
 
 
 def test_long_text_is_judged_in_windows_each_token_once(gpt2_folder):
@@ -110,23 +113,26 @@ def test_long_text_is_judged_in_windows_each_token_once(gpt2_folder):
     expected = torch.cat(expected)
     assert len(expected) == len(ids) - 1
     ours = sample.hf_nll([text], model, words)
-    assert ours == (pytest.approx(expected.sum().item(), rel=1e-5), len(ids) - 1)
+    assert ours[0].item() == pytest.approx(expected.sum().item(), rel=1e-5)
+    assert ours[1].item() == len(ids) - 1
 
 
 def test_texts_of_one_token_or_none_are_judged_as_nothing(gpt2_folder):
     model, words = data.load_transformers(str(gpt2_folder), "--judge", "")
-    assert sample.hf_nll(["", "The"], model, words) == (0, 0)
+    totals, counts = sample.hf_nll(["", "The"], model, words)
+    assert totals.tolist() == counts.tolist() == [0, 0]
 
 
 def test_perplexity_under_our_teacher_skips_the_first_token_and_the_end_of_text(tiny):
     _, teacher, _ = tiny
     x = torch.randint(V, (9, T), generator=gd.rng(1))
-    nll = -teacher(x).gather(-1, x[..., None])[..., 0]
-    assert sample.teacher_nll(x, teacher) == (pytest.approx(nll[:, 1:].sum().item()), 9 * (T - 1))
-    teacher.bos_id = 3
-    nll = -teacher(x).gather(-1, x[..., None])[..., 0][:, 1:]
-    kept = nll[x[:, 1:] != 3]
-    assert sample.teacher_nll(x, teacher) == (pytest.approx(kept.sum().item()), len(kept))
+    for bos_id in (7, 3):                                       # 7 stands in no text, 3 in some
+        teacher.bos_id = bos_id
+        nll = -teacher(x).gather(-1, x[..., None])[..., 0][:, 1:]
+        is_scored = x[:, 1:] != bos_id
+        totals, counts = sample.teacher_nll(x, teacher)
+        assert counts.equal(is_scored.sum(dim=1))
+        assert torch.allclose(totals, (nll * is_scored).sum(dim=1))
 
 
 def test_mauve_tells_real_paths_from_shuffled_ones(maze_run):
@@ -151,9 +157,75 @@ def test_degenerate_features_get_no_mauve():
             sample.mauve(fine, bad)
 
 
-def test_distinct_n_counts_different_n_grams():
-    x = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 2]])
-    assert sample.distinct_n(x, 1) == 3 / 8 and sample.distinct_n(x, 2) == 4 / 6
+def test_rep_n_is_the_share_of_n_grams_that_were_there_before():
+    x = torch.tensor([[0, 1, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 1]])
+    assert sample.rep_n(x, 2).tolist() == pytest.approx([3 / 5, 0, 4 / 5])
+    assert sample.rep_n(x, 4).tolist() == pytest.approx([1 / 3, 0, 2 / 3])
+
+
+def test_the_energy_distance_is_unbiased_grows_with_a_shift_and_knows_its_error():
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(400, 3))
+    shifted = {}
+    for shift in (0.0, 0.5, 1.0):
+        draws = [sample.energy_distance(rng.normal(size=(40, 3)) + shift, reference)
+                 for _ in range(100)]
+        distances, errors = np.array(draws).T
+        shifted[shift] = distances.mean()
+        assert 0.7 < errors.mean() / distances.std() < 1.6
+    many = sample.energy_distance(rng.normal(size=(4000, 3)), reference)[0]
+    assert abs(shifted[0.0] - many) < 0.02                      # few texts: no bias
+    assert shifted[0.0] + 0.1 < shifted[0.5] < shifted[1.0] - 0.1
+    with pytest.raises(ValueError, match="only 5"):
+        sample.energy_distance(reference[:5], reference)
+
+
+def test_hashed_n_grams_see_order_and_need_no_model():
+    x = torch.randint(50, (400, 32), generator=gd.rng(0)).sort(dim=1).values
+    a, b = (sample.ngram_features(half) for half in x.split(200))
+    mixed = x[:200].gather(1, torch.rand(200, 32, generator=gd.rng(1)).argsort(dim=1))
+    same, error = sample.energy_distance(a, b)
+    other, _ = sample.energy_distance(sample.ngram_features(mixed), b)
+    assert abs(same) < 4 * error and other > 10 * error
+
+
+def test_floors_are_training_text_or_its_tokens_and_no_model(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefghij" * 40)
+    data = gd.load_data(gd.resolve(gd.Config(dataset="text", train_files=str(text), seq_len=9)))
+    unigram, periodic, mirror = sample.floors(data, 30, seed=0).values()
+    assert periodic.shape == mirror.shape == unigram.shape == (30, 9)
+    for row in range(30):
+        start = data.tokenizer.decode(periodic[row, :5])
+        assert start in text.read_text() and start == data.tokenizer.decode(mirror[row, :5])
+        assert periodic[row, 5:].equal(periodic[row, :4])
+        assert mirror[row, 5:].equal(mirror[row, :5].flip(0)[:4])
+    assert len(unigram.unique()) == 9 and len(periodic.unique(dim=0)) > 5
+
+
+def test_a_column_in_which_a_floor_beats_real_text_is_named(capsys):
+    real = dict(model="real text (ceiling)", gen_ppl=20.0, mauve=0.9, energy=0.001)
+    floor = dict(model="floor: periodic", gen_ppl=12.0, mauve=0.1, energy=0.5)
+    student = dict(model="mdlm", gen_ppl=1.0, mauve=1.0, energy=0.0)
+    sample.print_fooled([real, floor, student])
+    said = capsys.readouterr().out
+    assert said.count("fooled") == 1 and "gen_ppl is 12" in said and "periodic" in said
+
+
+def test_scores_at_equal_entropy_lie_between_the_settings(capsys):
+    def rows(model, *points):
+        return [dict(model=model, nfe=4, tau=1, entropy=h, gen_ppl=math.exp(nll), energy=energy)
+                for h, nll, energy in points]
+    table = rows("a", (3.0, 5.0, 0.4), (2.0, 4.0, 0.2))
+    table += rows("b", (1.5, 3.0, 0.0), (2.5, 7.0, 0.1)) + rows("one setting", (9.0, 1.0, 0.0)) + [dict(model="real text", entropy=1.0)]
+    a, b = sample.at_equal_entropy(table)
+    assert a["entropy"] == b["entropy"] == 2.5
+    assert math.log(a["gen_ppl"]) == pytest.approx(4.5) and a["energy"] == pytest.approx(0.3)
+    assert math.log(b["gen_ppl"]) == pytest.approx(7.0) and "mauve" not in b
+    lively = rows("lively", (4.0, 5.0, 0.4), (5.0, 4.0, 0.2))
+    assert [row["model"] for row in sample.at_equal_entropy(table + lively)] == ["a", "b"]
+    assert "lively, nfe 4: all its texts have more entropy than 2.5" in capsys.readouterr().out
+    assert sample.at_equal_entropy(table[-2:]) == []
 
 
 def evaluated(cli, folder, out, *args):
@@ -172,14 +244,26 @@ def test_the_table_compares_students(maze_run, cli, tmp_path):
     assert all(r["model"] in said for r in rows)
     by = {(r["model"].split("/")[-1], r.get("nfe")): r for r in rows}
     assert by["gumbel-draft", 3]["gen_ppl"] < by["mdlm", 1]["gen_ppl"]
-    assert by["gumbel-draft", 3]["mauve"] > by["mdlm", 1]["mauve"]
+    assert by["gumbel-draft", 3]["energy_ngrams"] < by["mdlm", 1]["energy_ngrams"]
+    assert all(row[name + "_se"] >= 0 for row in rows for name in ("gen_ppl", "entropy", "energy",
+                                                                   "energy_ngrams", "rep_4"))
+    assert " ± " in said
     assert by["teacher", 10]["gen_ppl"] < by["gumbel-draft", 1]["gen_ppl"]
     assert "nelbo" in by["mdlm", 1] and "nelbo" not in by["gumbel-draft", 1]
     assert "agree_token" in by["gumbel-draft", 1] and "agree_token" not in by["mdlm", 1]
     assert all(r["samples_s"] > 0 for r in rows[2:])
-    assert all(0 < r["distinct_2"] <= 1 and r["valid"] <= 1 for r in rows)
+    assert all(0 <= r["rep_4"] < 1 and r["valid"] <= 1 for r in rows)
     assert by["real text (ceiling)", None]["valid"] == 1
     assert "MAUVE" in err                                       # 100 texts are few
+
+
+def test_floors_are_judged_beside_the_models(maze_run, cli, tmp_path):
+    folder, _ = maze_run
+    _, err, rows = evaluated(cli, folder, tmp_path, "--nfe", 3, "--floors")
+    names = [row["model"] for row in rows]
+    assert [name.split(":")[0] for name in names[1:4]] == ["floor"] * 3
+    worst_model = max(row["energy_ngrams"] for row in rows[4:])
+    assert all(row["energy_ngrams"] > worst_model for row in rows[1:4])
 
 
 def test_rows_are_those_of_every_setting_and_agree_with_the_run(maze_run, cli, tmp_path,

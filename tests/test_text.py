@@ -285,6 +285,7 @@ def test_a_full_disk_while_caching_is_named_and_leaves_nothing(tmp_path, cache, 
 
 
 @pytest.mark.parametrize("dataset, name", [("lm1b", "dvruette/lm1b"),
+                                           ("tinystories", "roneneldan/TinyStories"),
                                            ("owt", "Skylion007/openwebtext")])
 def test_without_a_network_the_dataset_is_named_and_the_cure(dataset, name, cache, real_data):
     start = time.time()
@@ -423,3 +424,10 @@ def test_a_teacher_of_transformers_without_it_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(gd.UserError, match=r'pip install -e "\.\[hf\]"'):
         gd.load_teacher("gpt2", gd.Tokenizer(["a"]), gd.resolve(gd.Config(device="cpu")))
+
+
+def test_tinystories_is_read_as_it_stands_with_few_tokens(real_data, cache):
+    stories = load(dataset="tinystories", train_files=str(real_data / "tinystories-1mb.txt"),
+                   max_tokens=50_000)
+    assert stories.tokenizer.vocab_size == 1024 and len(stories.train) == 50_000
+    assert stories.tokenizer.decode(stories.train[:12]).startswith("One day, a little girl")
