@@ -139,3 +139,12 @@ def test_training_for_some_minutes_ends_in_a_judged_table(tmp_path, real_data, c
     assert names == ["gumbel-draft.pt", "gumbel.pt", "judge/teacher.pt", "mdlm.pt", "teacher.pt"]
     halves = [{path.resolve() for path in (out / "files" / half).iterdir()} for half in "ab"]
     assert len(halves[0]) == len(halves[1]) == 1 and not halves[0] & halves[1]
+
+
+@pytest.mark.parametrize("model, most, n_products", [
+    ("teacher", 3, 3), ("mdlm", 2, 3), ("gumbel", 6, 6), ("gumbel-draft", 10, 7)])
+def test_a_step_moves_few_v_wide_bytes_and_multiplies_nothing_twice(model, most, n_products):
+    """MB a token under bfloat16. Products with a table (V, C): the labels 1, the noise 2, a draft
+    1 each, the output 3."""
+    megabytes, products, kernels = bench.count(model, "ours", batch_size=2)
+    assert 0.5 < megabytes <= most and products == n_products, kernels
