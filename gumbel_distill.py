@@ -113,11 +113,13 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
         self.head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         for name, p in self.named_parameters():
-            # As GPT-2. But a student's attention keeps nn.Linear's default: from 0.02 on it stays
-            # flat for long in a narrow model, and MDLM predicts mere token frequencies.
+            # As GPT-2. But a student's attention has GPT-2's 0.02 at its width 768 alone: from 0.02
+            # on it stays flat for long in a narrow model, and MDLM predicts mere frequencies.
             is_residual = name.endswith("out.weight")
             std = 0.02 / math.sqrt(2 * cfg.n_layer) if is_residual else 0.02
-            if p.dim() == 2 and (causal or not name.endswith("qkv.weight")):
+            if name.endswith("qkv.weight") and not causal:
+                std = 0.55 / math.sqrt(cfg.n_embd)
+            if p.dim() == 2:
                 nn.init.normal_(p, std=std)
 
     def forward(self, x, mask=None, pos=None, cache=None, between=None):
@@ -737,6 +739,7 @@ def compile_blocks(model):
     """torch.compile each block, but none of a model of transformers."""
     for block in getattr(model.net, "blocks", []):
         block.compile()
+    return model
 
 
 def train(model, loss_fn, data, cfg, names, **settings):
@@ -762,7 +765,7 @@ def train(model, loss_fn, data, cfg, names, **settings):
         optimizer.load_state_dict(saved["optimizer"])
     if cfg.compile:
         compile_blocks(model)
-    torch.set_float32_matmul_precision("high")                  # GPU: labels' logits in TF32
+    torch.set_float32_matmul_precision("high" if cfg.device == "cuda" else "highest")   # or TF32
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{model.name}: {n_params:.2f}M parameters | {cfg.device} | {cfg.dtype} | uniform loss "
           f"{math.log(model.vocab_size):.2f} | from step {step}/{cfg.max_steps}")
@@ -775,8 +778,8 @@ def train(model, loss_fn, data, cfg, names, **settings):
             losses.append(backward(model, loss_fn, data, cfg, step))
         except torch.OutOfMemoryError as e:
             raise UserError(f"{model.name}: out of memory; a piece of the batch has "
-                            f"{cfg.batch_size // cfg.grad_accum} sequences. --grad-accum "
-                            f"{2 * cfg.grad_accum} halves it; tests/gpu.py finds what fits") from e
+                            f"{cfg.batch_size // cfg.grad_accum} sequences, --grad-accum "
+                            f"{2 * cfg.grad_accum} --out-dir ANOTHER halves it") from e
         grad = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(cfg, step)
         optimizer.param_groups[0]["lr"] = lr
@@ -857,9 +860,9 @@ def teacher_data(teacher, data, cfg):
 
 def get_student(name, cfg, teacher, data):
     """The student of that name, trained or as it stands in this run's folder."""
-    labeller = copy.deepcopy(teacher) if cfg.compile else teacher
+    labeller = teacher
     if cfg.compile:  # a copy: the sampler's many lengths would each be compiled
-        compile_blocks(labeller)
+        labeller = compile_blocks(copy.deepcopy(teacher))
 
     def loss_fn(model, x0, t, generator, index=None):
         xi = None

@@ -316,7 +316,7 @@ def ngram_features(x, n_buckets=2048):
     """Counts of hashed 1-, 2- and 3-grams of texts x (N, T), each row of length 1: (N, n_buckets).
     They need no model. The square root keeps frequent tokens from deciding alone."""
     counts = torch.zeros(len(x), n_buckets)
-    for n in (1, 2, 3):
+    for n in range(1, min(3, x.size(1)) + 1):
         grams = x.cpu().unfold(1, n, 1)                         # (N, T - n + 1, n)
         bucket = (grams * torch.tensor([1, 7919, 104_729])[:n] + n).sum(dim=-1) % n_buckets
         counts.scatter_add_(1, bucket, torch.ones(bucket.shape))
@@ -352,7 +352,7 @@ def energy_distance(p, q):
 
 
 def floors(data, n, seed):
-    """Texts without a model, which a good score must put below any model: name -> (n, T) long
+    """Texts without a model, which a good score must put below real text: name -> (n, T) long
     (after arXiv 2606.08417). Each begins with real training text, or has its frequent tokens."""
     T = data.seq_len
     half = (T + 1) // 2
@@ -487,19 +487,21 @@ def at_equal_entropy(rows):
     curves = {}
     for row in rows:
         if "tau" in row:
-            curves.setdefault((row["model"], row["nfe"]), []).append(row)
+            fixed = "tau" if row["temperature"] else "temperature"          # the other one varies
+            key = row["model"], row["nfe"], row[fixed]
+            curves.setdefault(key, []).append(row)
     curves = {key: sorted(curve, key=lambda row: row["entropy"])
               for key, curve in curves.items() if len(curve) > 1}
     entropy = min((curve[-1]["entropy"] for curve in curves.values()), default=0)
     result = []
-    for (model, nfe), curve in curves.items():
+    for (model, nfe, _), curve in curves.items():
         at = {"model": model, "nfe": nfe, "entropy": entropy}
         if curve[0]["entropy"] > entropy:
             print(f"{model}, nfe {nfe}: all its texts have more entropy than {entropy:.3f}")
             continue
         for column in LESS_IS_BETTER:
             known = [row for row in curve if column in row]
-            if not known:
+            if not known or known[-1]["entropy"] < entropy or known[0]["entropy"] > entropy:
                 continue
             values = np.array([row[column] for row in known])
             if column == "gen_ppl":
@@ -511,12 +513,14 @@ def at_equal_entropy(rows):
 
 
 def print_fooled(rows):
-    """Name the columns that put a text without a model above real text, the first row."""
+    """Name the columns that put text without a model above real text, the first row, by two
+    standard errors."""
     for column, is_less_better in LESS_IS_BETTER.items():
         sign = 1 if is_less_better else -1
         for row in rows[1:]:
             if row["model"].startswith("floor") and column in row and column in rows[0]:
-                if sign * row[column] < sign * rows[0][column]:
+                error = math.hypot(row[column + "_se"], rows[0][column + "_se"])
+                if sign * (rows[0][column] - row[column]) > 2 * error:
                     print(f"fooled: {column} is {row[column]:.4g} for {row['model']!r}, and "
                           f"{rows[0][column]:.4g} for real text")
 

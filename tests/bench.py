@@ -12,12 +12,13 @@ dense   as the official code does it: full (B, L, V) float32 noise, teacher log-
         teacher is the plain cross-entropy of all logits
 
 Both have the same Transformer, teacher, dtype, compilation, optimiser, texts, times and masks. In
-the first step they have the same noise, too, and the losses must be equal to 1e-4. Each side runs
-in a process of its own. Memory is the peak of the process less what was held after the imports,
-less 16 bytes for each parameter of the model (weight, gradient, two moments) and 4 for each of the
-teacher. On a CPU a second run measures the memory: there the C library hands freed memory back at
-once. Utilisation (on a GPU) is 6 N FLOPs a token for the model and 2 N for the teacher, N without
-the input embeddings, over the vendor's dense bfloat16 peak.
+the first step they have the same noise, too, and the losses must be equal to 1e-4. The labels'
+logits are in float32 on both sides, on a GPU in TF32. Each side runs in a process of its own.
+Memory is the peak of the process less what was held after the imports, less 16 bytes for each
+parameter of the model (weight, gradient, two moments) and 4 for each of the teacher. On a CPU a
+second run measures the memory: there the C library hands freed memory back at once. Utilisation (on
+a GPU) is 6 N FLOPs a token for the model and 2 N for the teacher, N without the input embeddings,
+over the vendor's dense bfloat16 peak. It counts what the dense way multiplies, on both sides.
 """
 
 import argparse
@@ -161,6 +162,7 @@ def measure(model, side, args):
     model: one of MODELS;  side: "ours" or "dense";  args: device, dtype, batch_size, steps, tiny"""
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        torch.set_float32_matmul_precision("high")              # as in training
     base = memory(args.device)
     cfg, words, teacher, student = build(model, side, args, **(TINY if args.tiny else {}))
     trained = student or teacher

@@ -134,8 +134,8 @@ def test_tiny_shakespeare_by_character_and_by_bpe(real_data):
     assert text.startswith("First Citizen:\nBefore we proceed")
 
 
-def test_no_independent_draws_come_nearer_to_the_paths_in_one_step():
-    """The floor in closed form, against draws; and where the positions are independent it is 0."""
+def test_independent_draws_of_all_positions_are_far_from_the_paths():
+    """In closed form, against draws; and where the positions are independent it is 0."""
     paths = np.array(data.maze_paths())
     rng = np.random.default_rng(0)
     drawn = np.stack([rng.choice(column, 400_000) for column in paths.T], axis=1)

@@ -87,17 +87,17 @@ def without_gradient(real):
     (gpu.check_losses, gd.Transformer, "logits", without_gradient),
     (gpu.check_losses, gd, "student_loss", every_second_time(lambda loss: 1.001 * loss)),
     (gpu.check_samplers, gd, "sample", every_second_time(lambda x: x.roll(1))),
-    (gpu.check_samplers, gd, "serial_extraction", every_second_time(lambda x: x.roll(1))),
     (gpu.check_posterior, gd, "posterior_gumbel",
      lambda real: lambda logp, x0, g: gd.sample_gumbel(logp.shape, g)),
     (gpu.check_posterior, gd, "posterior_gumbel", lambda real: lambda *args: real(*args) + 0.01),
     (gpu.check_tail, gd, "sample_gumbel", lambda real: lambda *args: real(*args).clamp(max=10)),
     (gpu.check_exact, sample, "draft_and_verify",
-     lambda real: lambda *args: (real(*args)[0].roll(1), real(*args)[1])),
-    (gpu.check_resume, gd, "run", lambda real: lambda *args: 1 / 0)])
+     lambda real: lambda *args: (real(*args)[0].roll(1), real(*args)[1]))])
 def test_a_check_can_fail(check, where, name, wrap, monkeypatch, capsys):
     monkeypatch.setattr(where, name, wrap(getattr(where, name)))
-    assert gpu.run_checks(ARGS, [check]) > 0 and "FAILED" in capsys.readouterr().out
+    assert gpu.run_checks(ARGS, [check]) > 0
+    assert any("limit" in line and "FAILED" in line         # not merely an exception
+               for line in capsys.readouterr().out.splitlines())
 
 
 def test_a_dense_side_that_needs_too_much_memory_is_a_row(monkeypatch, capsys):

@@ -204,8 +204,9 @@ def test_floors_are_training_text_or_its_tokens_and_no_model(tmp_path):
 
 
 def test_a_column_in_which_a_floor_beats_real_text_is_named(capsys):
-    real = dict(model="real text (ceiling)", gen_ppl=20.0, mauve=0.9, energy=0.001)
-    floor = dict(model="floor: periodic", gen_ppl=12.0, mauve=0.1, energy=0.5)
+    error = dict(gen_ppl_se=1.0, mauve_se=0.1, energy_se=0.01)
+    real = dict(error, model="real text (ceiling)", gen_ppl=20.0, mauve=0.9, energy=0.001)
+    floor = dict(error, model="floor: periodic", gen_ppl=12.0, mauve=1.0, energy=0.5)
     student = dict(model="mdlm", gen_ppl=1.0, mauve=1.0, energy=0.0)
     sample.print_fooled([real, floor, student])
     said = capsys.readouterr().out
@@ -214,10 +215,12 @@ def test_a_column_in_which_a_floor_beats_real_text_is_named(capsys):
 
 def test_scores_at_equal_entropy_lie_between_the_settings(capsys):
     def rows(model, *points):
-        return [dict(model=model, nfe=4, tau=1, entropy=h, gen_ppl=math.exp(nll), energy=energy)
+        return [dict(model=model, nfe=4, tau=1, temperature=1, entropy=h, energy=energy,
+                     gen_ppl=math.exp(nll))
                 for h, nll, energy in points]
     table = rows("a", (3.0, 5.0, 0.4), (2.0, 4.0, 0.2))
-    table += rows("b", (1.5, 3.0, 0.0), (2.5, 7.0, 0.1)) + rows("one setting", (9.0, 1.0, 0.0)) + [dict(model="real text", entropy=1.0)]
+    table += rows("b", (1.5, 3.0, 0.0), (2.5, 7.0, 0.1))
+    table += rows("one setting", (9.0, 1.0, 0.0)) + [dict(model="real text", entropy=1.0)]
     a, b = sample.at_equal_entropy(table)
     assert a["entropy"] == b["entropy"] == 2.5
     assert math.log(a["gen_ppl"]) == pytest.approx(4.5) and a["energy"] == pytest.approx(0.3)

@@ -435,7 +435,7 @@ def test_out_of_memory_names_the_piece_and_the_flag_that_halves_it(tmp_path, mon
     def too_large(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     monkeypatch.setattr(gd, "teacher_loss", too_large)
-    with pytest.raises(gd.UserError, match="piece of the batch has 4 .*--grad-accum 4"):
+    with pytest.raises(gd.UserError, match="piece of the batch has 4 .*--grad-accum 4 --out-dir"):
         gd.run(config(tmp_path, grad_accum=2))
 
 
