@@ -55,7 +55,9 @@ COMMANDS = sorted(set(re.findall(
 def run_commands(commands, cli):
     for command in commands:
         words = shlex.split(re.sub(r"\bS\b", "0", command))     # S stands for a seed
-        small = [] if words[0] == "sample.py" else SMALL
+        small = SMALL
+        if words[0] == "sample.py":
+            small = ["-n", "100"] if "--eval" in words else []
         if "gpt2" in words or "gpt2-large" in words:            # only parsed: needs the hub
             small = ["--help"]
         status, _, err = cli(MODULES[words[0]].main, *words[1:], *small)
