@@ -444,7 +444,7 @@ def evaluate(paths, args, cfg):
             except ValueError as e:
                 print(f"warning: no {score} for {about}: {e}", file=sys.stderr)
         if about.get("temperature") == 0 and about["tau"] == 1:  # the noise alone decided
-            rows[-1].update(compare_with_teacher(x, teacher_text, teacher, cfg.seed))
+            row.update(compare_with_teacher(x, teacher_text, teacher, cfg.seed))
         with open(path, "w") as f:
             json.dump(rows, f, indent=1)
 
