@@ -660,6 +660,7 @@ def add_flags(parser, *names, **defaults):
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
+FORMAT = 2                          # of checkpoints; another format is not read
 # What decides a trained model, beside its data
 SHAPE = ["seq_len", "n_layer", "n_head", "n_embd"]
 TEACHER_SETTINGS = SHAPE + ["dropout", "batch_size", "grad_accum", "max_steps", "lr", "warmup",
@@ -671,6 +672,8 @@ def load_checkpoint(path):
     """A checkpoint as a dict of tensors and plain values; code in the file is refused."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']}")
         return dict(saved, config=Config(**saved["config"]))
     except Exception as e:  # torch raises many types for cut-off and foreign files
         raise UserError(f"{path}: missing, cut off, or no checkpoint of this version ({e!r:.99}); "
@@ -809,7 +812,7 @@ def train(model, loss_fn, data, cfg, names, **settings):
               f"| {(cfg.max_steps - step) / steps_s:.0f} s left", flush=True)
         with open(f"{cfg.out_dir}/log.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
-        state = dict(name=model.name, step=step, settings=settings, config=vars(cfg),
+        state = dict(format=FORMAT, name=model.name, step=step, settings=settings, config=vars(cfg),
                      tokenizer=data.tokenizer.state, model=model.state_dict(),
                      ema=ema.state_dict(), optimizer=optimizer.state_dict())
         torch.save(state, path + ".tmp")

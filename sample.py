@@ -242,11 +242,17 @@ def teacher_nll(x, teacher):
 
 @torch.no_grad()
 def teacher_features(x, teacher):
-    """Last hidden state after the whole text, (N, C) float32, of our own AR model."""
+    """Mean hidden state of each half of texts x (N, T) under our own AR model, (N, 2 C) float32.
+
+    The last hidden state alone knows the last few tokens. A text that repeats its first half looks
+    real to it; here its two halves are too much alike.
+    """
     features = []
     for rows in x.split(256):
         ids = torch.cat([torch.full_like(rows[:, :1], teacher.bos_id), rows], dim=1)
-        features.append(teacher.net(teacher.net.embed(ids))[:, -1].float().cpu())
+        h = teacher.net(teacher.net.embed(ids))[:, 1:].float()  # (b, T, C): has read each token
+        halves = h.tensor_split(2, dim=1) if x.size(1) > 1 else (h, h)
+        features.append(torch.cat([half.mean(dim=1) for half in halves], dim=1).cpu())
     return torch.cat(features).numpy()
 
 
@@ -356,13 +362,19 @@ def floors(data, n, seed):
     (after arXiv 2606.08417). Each begins with real training text, or has its frequent tokens."""
     T = data.seq_len
     half = (T + 1) // 2
-    start = data.rows(np.random.default_rng(seed).integers(data.n_train, size=n))[:, :half]
     counts = torch.from_numpy(data.train[:2**20].astype(np.int64)).bincount()
     best, token = counts.topk(min(T, int((counts > 0).sum())))
     drawn = torch.multinomial(best.double(), n * T, replacement=True, generator=rng(seed, "floor"))
-    return {f"floor: unigram, top {len(token)}": token[drawn].view(n, T),
-            f"floor: periodic, {half} tokens": start.repeat(1, 2)[:, :T],
-            f"floor: mirror, {half} tokens": torch.cat([start, start.flip(1)], dim=1)[:, :T]}
+    texts = {f"floor: unigram, top {len(token)}": token[drawn].view(n, T)}
+    if data.n_train < n:
+        print(f"warning: no floors 'periodic' and 'mirror': they begin with {n} different training "
+              f"texts, and there are {data.n_train}", file=sys.stderr)
+        return texts
+    rows = np.random.default_rng(seed).choice(data.n_train, size=n, replace=False)
+    start = data.rows(rows)[:, :half]
+    texts[f"floor: periodic, {half} tokens"] = start.repeat(1, 2)[:, :T]
+    texts[f"floor: mirror, {half} tokens"] = torch.cat([start, start.flip(1)], dim=1)[:, :T]
+    return texts
 
 
 # -----------------------------------------------------------------------------
@@ -421,6 +433,9 @@ def evaluate(paths, args, cfg):
     teacher = first if is_teacher else teacher_of(paths[0], saved, tokenizer, cfg)
     real = data.val_rows(2 * cfg.n_samples).to(cfg.device)
     n = len(real) // 2
+    if n < 2:
+        raise UserError(f"-n {cfg.n_samples}: the validation text has {len(real)} sequences of "
+                        f"{cfg.seq_len} tokens for two sets of that many, at least 2 each")
     if n < 1000 or cfg.seq_len < 32:
         print(f"warning: {n} texts of {cfg.seq_len} tokens are few for MAUVE; compare scores of "
               "this table only, and with the ceiling", file=sys.stderr)
@@ -472,44 +487,78 @@ def evaluate(paths, args, cfg):
                 samples_s=len(x) / (time.perf_counter() - start))
     print_table(rows, {**EVAL_COLUMNS, **COLUMNS})
     print_fooled(rows)
-    frontier = at_equal_entropy(rows)
-    if frontier:
-        print("\nAt equal entropy, between the nearest settings of the sampler:")
-        print_table(frontier, {**EVAL_COLUMNS, **COLUMNS})
+    print_equal_entropy(at_equal_entropy(rows))
     print(f"\n{path} written; notebooks/classroom.py --judged {cfg.out_dir} draws it")
     return rows
 
 
+def at_entropy(curve, column, entropy):
+    """(score, standard error) of a curve, rows of rising entropy, between the two rows around this
+    entropy; of gen_ppl, its logarithm. None where no row has less, or more, entropy."""
+    known = [row for row in curve if column in row]
+    entropies = [row["entropy"] for row in known]
+    if not known or not entropies[0] <= entropy <= entropies[-1]:
+        return None
+    scores = np.array([row[column] for row in known])
+    errors = np.array([row[column + "_se"] for row in known])
+    if column == "gen_ppl":
+        scores, errors = np.log(scores), errors / scores
+    return np.interp(entropy, entropies, scores), np.interp(entropy, entropies, errors)
+
+
 def at_equal_entropy(rows):
-    """A model writes duller text at a lower temperature or tau, and its perplexity falls. So the
-    scores are compared at one entropy, the highest that all curves reach. A curve has a model's
-    rows of one nfe. Between two rows the scores, and the log of gen_ppl, run linearly."""
+    """A model writes duller text at a lower temperature or tau, and its perplexity falls. So two
+    models with the same nfe are compared at one entropy, the highest that both reach.
+
+    Returns: rows with, for each score NAME, the two scores NAME_1 and NAME_2 and NAME_z, by how
+    many standard errors the first model is better
+    """
     curves = {}
     for row in rows:
         if "tau" in row:
             fixed = "tau" if row["temperature"] else "temperature"          # the other one varies
-            key = row["model"], row["nfe"], row[fixed]
+            key = row["nfe"], row["model"], row[fixed]
             curves.setdefault(key, []).append(row)
     curves = {key: sorted(curve, key=lambda row: row["entropy"])
               for key, curve in curves.items() if len(curve) > 1}
-    entropy = min((curve[-1]["entropy"] for curve in curves.values()), default=0)
     result = []
-    for (model, nfe, _), curve in curves.items():
-        at = {"model": model, "nfe": nfe, "entropy": entropy}
-        if curve[0]["entropy"] > entropy:
-            print(f"{model}, nfe {nfe}: all its texts have more entropy than {entropy:.3f}")
+    for (key, first), (other_key, second) in itertools.combinations(sorted(curves.items()), 2):
+        if key[0] != other_key[0]:
             continue
-        for column in LESS_IS_BETTER:
-            known = [row for row in curve if column in row]
-            if not known or known[-1]["entropy"] < entropy or known[0]["entropy"] > entropy:
+        at = {"model": key[1], "against": other_key[1], "nfe": key[0],
+              "entropy": min(first[-1]["entropy"], second[-1]["entropy"])}
+        for column, is_less_better in LESS_IS_BETTER.items():
+            ours = at_entropy(first, column, at["entropy"])
+            theirs = at_entropy(second, column, at["entropy"])
+            if ours is None or theirs is None:
                 continue
-            values = np.array([row[column] for row in known])
-            if column == "gen_ppl":
-                values = np.log(values)
-            value = float(np.interp(entropy, [row["entropy"] for row in known], values))
-            at[column] = math.exp(value) if column == "gen_ppl" else value
-        result.append(at)
+            better = theirs[0] - ours[0] if is_less_better else ours[0] - theirs[0]
+            error = math.hypot(ours[1], theirs[1])
+            at[column + "_z"] = better / error if error else 0.0
+            for number, (score, _) in enumerate((ours, theirs), 1):
+                at[f"{column}_{number}"] = math.exp(score) if column == "gen_ppl" else score
+        if len(at) > 4:
+            result.append(at)
+        else:
+            print(f"nfe {key[0]}: {key[1]} and {other_key[1]} have no entropy in common")
     return result
+
+
+def print_equal_entropy(rows):
+    """The table of at_equal_entropy; a cell has both scores and, in brackets, z."""
+    if not rows:
+        return
+    lines = []
+    for row in rows:
+        lines.append({name: row[name] for name in ("model", "against", "nfe", "entropy")})
+        for column in LESS_IS_BETTER:
+            if column + "_z" in row:
+                scores = [format(row[f"{column}_{i}"], EVAL_COLUMNS[column]) for i in (1, 2)]
+                lines[-1][column] = "{}, {} ({:+.1f})".format(*scores, row[column + "_z"])
+    print("\nAt equal entropy, between the nearest settings of the sampler. A cell has the scores of "
+          "both and, in brackets,\nby how many standard errors the first model is better:")
+    print_table(lines, {"model": "", "against": "", "nfe": "d", "entropy": ".3f",
+                        **dict.fromkeys(LESS_IS_BETTER, "")})
 
 
 def print_fooled(rows):
@@ -589,6 +638,8 @@ def main():
                             "--show-steps, --out and --length out")
         evaluate(paths, args, cfg)
     else:
+        if args.floors:
+            raise UserError("--floors: texts for the table of --eval; add --eval")
         write(args, cfg, model.to(cfg.device), tokenizer, saved, paths[0])
 
 

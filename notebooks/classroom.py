@@ -195,13 +195,22 @@ def judged(folder, path):
     return draw_judged(folder / "eval", path)
 
 
+def judged_table(folder):
+    """The rows that `sample.py --eval` left in a folder; there must be a student's among them."""
+    table = json.loads((folder / "results.json").read_text())
+    if not any("tau" in row and "gen_ppl" in row for row in table):
+        raise gd.UserError(f"{folder / 'results.json'}: no student is judged in it; name the "
+                           "folder of `sample.py --eval` with a student")
+    return table
+
+
 def draw_judged(folder, path=None):
     """The table of `sample.py --eval` as curves; saved as quality_vs_nfe.png in its folder.
 
     Real text and the teacher are horizontal lines. Students of one name differ in the line style.
     """
     path = path or folder / "quality_vs_nfe.png"
-    table = json.loads((folder / "results.json").read_text())
+    table = judged_table(folder)
     real, teacher = table[0], next(row for row in table if row["model"] == "teacher")
     rows = [row for row in table if "tau" in row]               # those of students
     lines = {}                                                  # label: rows
@@ -263,7 +272,7 @@ def draw_frontier(folder):
 
     A panel has one number of steps, a curve one student. Texts to the right and below are better,
     but a floor, which no model wrote, may lie there as well."""
-    table = json.loads((folder / "results.json").read_text())
+    table = judged_table(folder)
     rows = [row for row in table if "tau" in row]               # those of students
     steps = sorted({row["nfe"] for row in rows})
     figure, axes = plt.subplots(1, len(steps), figsize=(3.6 * len(steps), 3.6), squeeze=False,

@@ -119,6 +119,8 @@ def test_the_pictures_of_the_readme_are_drawn_by_one_command(
     (tmp_path / "log.jsonl").touch()
     status, _, err = cli(classroom.main, "--log", tmp_path)
     assert status == 1 and "has no validation yet" in err
+    status, _, err = cli(classroom.main, "--judged", folder)   # a table, but not that of --eval
+    assert status == 1 and "no student is judged in it" in err
     (folder / "log.png").unlink()
     shutil.rmtree(folder / "eval")
 

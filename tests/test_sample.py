@@ -147,6 +147,23 @@ def test_mauve_tells_real_paths_from_shuffled_ones(maze_run):
     assert sample.mauve(shuffled, b)[0] < 0.5
 
 
+def test_features_tell_texts_that_repeat_their_first_half():
+    """Each half is like real text. But in real text the halves differ."""
+    torch.manual_seed(0)
+    cfg = tiny_config(seq_len=20)
+    teacher = gd.Teacher(cfg, gd.Tokenizer([str(i) for i in range(36)])).eval()
+    g = gd.rng(0)
+    share = torch.rand(500, 2, 36, generator=g).pow(4)          # texts in which halves differ
+    x = torch.stack([torch.multinomial(half, 10, True, generator=g) for half in
+                     share.unbind(1)], dim=1).flatten(1)        # (500, 20)
+    periodic = x[:250, :10].repeat(1, 2)
+    a, b, repeated = (sample.teacher_features(t, teacher) for t in (x[:250], x[250:], periodic))
+    assert a.shape == (250, 2 * cfg.n_embd)
+    same, error = sample.energy_distance(a, b)
+    assert abs(same) < 4 * error and sample.energy_distance(repeated, b)[0] > 4 * error
+    assert sample.teacher_features(x[:3, :1], teacher).shape == (3, 2 * cfg.n_embd)
+
+
 def test_degenerate_features_get_no_mauve():
     rng = np.random.default_rng(0)
     fine = rng.normal(size=(100, 8))
@@ -189,7 +206,7 @@ def test_hashed_n_grams_see_order_and_need_no_model():
     assert abs(same) < 4 * error and other > 10 * error
 
 
-def test_floors_are_training_text_or_its_tokens_and_no_model(tmp_path):
+def test_floors_are_training_text_or_its_tokens_and_no_model(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("abcdefghij" * 40)
     data = gd.load_data(gd.resolve(gd.Config(dataset="text", train_files=str(text), seq_len=9)))
@@ -201,6 +218,9 @@ def test_floors_are_training_text_or_its_tokens_and_no_model(tmp_path):
         assert periodic[row, 5:].equal(periodic[row, :4])
         assert mirror[row, 5:].equal(mirror[row, :5].flip(0)[:4])
     assert len(unigram.unique()) == 9 and len(periodic.unique(dim=0)) > 5
+    assert len(sample.floors(data, data.n_train + 1, seed=0)) == 1
+    assert f"{data.n_train + 1} different training texts, and there are {data.n_train}" in (
+        capsys.readouterr().err)
 
 
 def test_a_column_in_which_a_floor_beats_real_text_is_named(capsys):
@@ -213,22 +233,27 @@ def test_a_column_in_which_a_floor_beats_real_text_is_named(capsys):
     assert said.count("fooled") == 1 and "gen_ppl is 12" in said and "periodic" in said
 
 
-def test_scores_at_equal_entropy_lie_between_the_settings(capsys):
-    def rows(model, *points):
-        return [dict(model=model, nfe=4, tau=1, temperature=1, entropy=h, energy=energy,
-                     gen_ppl=math.exp(nll))
+def test_models_are_compared_at_the_entropy_that_both_reach(capsys):
+    def rows(model, *points, nfe=4):
+        return [dict(model=model, nfe=nfe, tau=1, temperature=1, entropy=h, energy=energy,
+                     energy_se=0.03, gen_ppl=math.exp(nll), gen_ppl_se=0.4 * math.exp(nll))
                 for h, nll, energy in points]
     table = rows("a", (3.0, 5.0, 0.4), (2.0, 4.0, 0.2))
     table += rows("b", (1.5, 3.0, 0.0), (2.5, 7.0, 0.1))
     table += rows("one setting", (9.0, 1.0, 0.0)) + [dict(model="real text", entropy=1.0)]
-    a, b = sample.at_equal_entropy(table)
-    assert a["entropy"] == b["entropy"] == 2.5
-    assert math.log(a["gen_ppl"]) == pytest.approx(4.5) and a["energy"] == pytest.approx(0.3)
-    assert math.log(b["gen_ppl"]) == pytest.approx(7.0) and "mauve" not in b
+    table += rows("other steps", (2.0, 4.0, 0.2), (3.0, 5.0, 0.4), nfe=9)
+    at, = sample.at_equal_entropy(table)
+    assert (at["model"], at["against"], at["nfe"], at["entropy"]) == ("a", "b", 4, 2.5)
+    assert math.log(at["gen_ppl_1"]) == pytest.approx(4.5) and at["energy_1"] == pytest.approx(0.3)
+    assert math.log(at["gen_ppl_2"]) == pytest.approx(7.0) and "mauve_z" not in at
+    assert at["gen_ppl_z"] == pytest.approx(2.5 / math.hypot(0.4, 0.4))
+    assert at["energy_z"] == pytest.approx(-0.2 / math.hypot(0.03, 0.03))
+    sample.print_equal_entropy([at])
+    assert f"90.02, {math.exp(7):.2f} (+4.4)" in capsys.readouterr().out
     lively = rows("lively", (4.0, 5.0, 0.4), (5.0, 4.0, 0.2))
-    assert [row["model"] for row in sample.at_equal_entropy(table + lively)] == ["a", "b"]
-    assert "lively, nfe 4: all its texts have more entropy than 2.5" in capsys.readouterr().out
-    assert sample.at_equal_entropy(table[-2:]) == []
+    assert sample.at_equal_entropy(table + lively) == [at]
+    assert "nfe 4: a and lively have no entropy in common" in capsys.readouterr().out
+    assert sample.at_equal_entropy(table[4:6]) == []
 
 
 def evaluated(cli, folder, out, *args):
@@ -326,7 +351,8 @@ def test_bad_evaluations_are_refused_by_name(maze_run, cli, tmp_path):
     for args, *said in (
             (["--ckpt", ckpt, other, *OWN], other, ckpt),
             (["--ckpt", other, *OWN, "--train-files", changed], other, "--train-files"),
-            (["--ckpt", ckpt, "-n", 0, *OWN], "0"), (["--ckpt", ckpt, *OWN, "--nfe", 0], "--nfe"),
+            (["--ckpt", ckpt, "-n", 0, *OWN], "0"),
+            (["--ckpt", ckpt, "-n", 1, *OWN], "-n 1", "at least 2"), (["--ckpt", ckpt, *OWN, "--nfe", 0], "--nfe"),
             (["--ckpt", ckpt, *OWN, "--judge", "no/such"], "--judge no/such"),
             (["--ckpt", ckpt, *OWN, "--featurizer", "no/such"], "--featurizer no/such"),
             (["--ckpt", ckpt, *OWN, "--teacher", ckpt], ckpt, "teacher"),
@@ -335,6 +361,8 @@ def test_bad_evaluations_are_refused_by_name(maze_run, cli, tmp_path):
         line = err.splitlines()[-1]
         assert status == 1 and line.startswith("error: "), err
         assert all(str(part) in line for part in said), err
+    status, _, err = cli(sample.main, "--ckpt", ckpt, "--floors")
+    assert status == 1 and "--floors" in err and "add --eval" in err
 
 
 def test_texts_that_cannot_be_are_refused(maze_run, cli):

@@ -350,11 +350,15 @@ def test_what_is_no_checkpoint_is_refused(content, tmp_path):
 
 
 def test_a_checkpoint_with_an_unknown_setting_is_refused(tmp_path):
-    path, saved = str(tmp_path / "teacher.pt"), {"name": "teacher", "step": 1}
+    path = str(tmp_path / "teacher.pt")
+    saved = {"name": "teacher", "step": 1, "format": gd.FORMAT}
     torch.save({**saved, "config": vars(tiny_config())}, path)
     assert gd.load_checkpoint(path)["config"] == tiny_config()
     torch.save({**saved, "config": {**vars(tiny_config()), "noise_map": "raw"}}, path)
     with pytest.raises(gd.UserError, match="noise_map"):
+        gd.load_checkpoint(path)
+    torch.save({**saved, "config": vars(tiny_config()), "format": gd.FORMAT - 1}, path)
+    with pytest.raises(gd.UserError, match=f"teacher.pt.*format {gd.FORMAT - 1}"):
         gd.load_checkpoint(path)
 
 
