@@ -9,7 +9,6 @@ says. To ask a question of your own, add a line there: what is finished is not t
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor

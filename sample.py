@@ -2,7 +2,7 @@
 
     python sample.py                                       # the newest student under out/
     python sample.py --ckpt out/maze/gumbel-draft.pt --nfe 3 -n 4
-    python sample.py --prompt "To be, ____" --show-steps   # each _ is one token to fill in
+    python sample.py --prompt "To be, ____" --animate      # each _ is one token to fill in
     python sample.py --exact -n 1000                       # the teacher's own texts, drafted
     python sample.py --apd 0.5                             # drafted, and verified less strictly
     python sample.py --ckpt A.pt B.pt --eval --nfe 1 4 16 --judge teacher --featurizer teacher
@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from animate import play, write_gif
 from data import COLUMNS, UserError, load_data, load_transformers, print_table, run_cli, show
 from data import token_entropy
-from gumbel_distill import Student, Teacher, add_flags, compare_with_teacher, flag, generate
-from gumbel_distill import load_model, load_teacher, resolve, rng, sampling_batches
+from gumbel_distill import Teacher, add_flags, compare_with_teacher, generate, load_model
+from gumbel_distill import load_teacher, resolve, rng, sample, sampling_batches
 from gumbel_distill import sequence_noise, serial_extraction, stratified_times, student_loss
 from gumbel_distill import weights_id
 
@@ -43,6 +44,25 @@ def newest_student():
         raise UserError("no student under out/: train one with `python gumbel_distill.py`, or name "
                         "one with --ckpt")
     return max(paths, key=os.path.getmtime)
+
+
+def load_models(paths, cfg):
+    """What load_model returns, for each path; all must have one kind of tokens and one length."""
+    models = [load_model(path, cfg.device) for path in paths]
+    for path, (_, tokenizer, saved) in zip(paths, models):
+        if tokenizer.state != models[0][1].state or saved["config"].seq_len != cfg.seq_len:
+            raise UserError(f"{path}: does not compare with {paths[0]}, which has other tokens or "
+                            "another length; name one of them only")
+    return models
+
+
+def settings_of(model, cfg):
+    """How `model` writes: the keyword arguments of `sample`. A teacher has tau only."""
+    if isinstance(model, Teacher):
+        return {"tau": cfg.tau[0]}
+    temperature = cfg.temperature[0] if cfg.temperature else float(not model.noise)
+    return dict(tau=cfg.tau[0], nfe=cfg.nfe[0], top_p=cfg.top_p, order=cfg.order,
+                temperature=temperature)
 
 
 def teacher_of(path, saved, tokenizer, cfg):
@@ -77,17 +97,18 @@ def prompt_ids(prompt, tokenizer, seq_len):
     return known
 
 
-def print_steps(steps, tokenizer):
-    """The unmasking of one text: _ where nothing stands yet, on a terminal green what is new."""
-    before = torch.full_like(steps[0], tokenizer.vocab_size)
-    for number, row in enumerate(steps, 1):
-        words = ["_" if i == tokenizer.vocab_size else tokenizer.decode([i]) for i in row.tolist()]
-        if sys.stdout.isatty():
-            is_new = (row != before).tolist()
-            words = [f"\033[32m{w}\033[0m" if new else w for w, new in zip(words, is_new)]
-        print(f"step {number}: " + tokenizer.sep.join(words))
-        before = row
-    print()
+@torch.no_grad()
+def film(model, number, seed, known, **settings):
+    """Text `number` of generate, step by step: a list of (T,), the first with known tokens only."""
+    frames = [known[None]]                                      # (1, T) each
+    xi, u = sequence_noise(seed, torch.tensor([number]), len(known), model)
+    if isinstance(model, Teacher):
+        text = serial_extraction(model, settings["tau"] * xi, known[None])
+        for i in range(len(known)):
+            frames.append(torch.where(torch.arange(len(known)) <= i, text.cpu(), known.cpu()))
+    else:
+        sample(model, xi, u, xt=known[None], on_step=frames.append, **settings)
+    return [frame[0].cpu() for frame in frames]
 
 
 # -----------------------------------------------------------------------------
@@ -419,12 +440,8 @@ def evaluate(paths, args, cfg):
     The rows: real text against other real text (the ceiling), the teacher, each student with each
     setting of the sampler. results.json is written after each row.
     """
-    models = [load_model(path, cfg.device) for path in paths]
+    models = load_models(paths, cfg)
     first, tokenizer, saved = models[0]
-    for path, (_, other, there) in zip(paths, models):
-        if other.state != tokenizer.state or there["config"].seq_len != cfg.seq_len:
-            raise UserError(f"{path}: does not compare with {paths[0]}, which has other tokens or "
-                            "another length; put them into two tables")
     data = load_data(cfg)
     if data.tokenizer.state != tokenizer.state:
         raise UserError(f"{paths[0]} knows other tokens than the text at hand; name the text that "
@@ -584,7 +601,10 @@ def check(args, cfg, model, path, known):
     is_verified = args.apd is not None
     block = torch.arange(T) // (1 if is_verified else L)        # the teacher decides one by one
     for is_wrong, message in [
-            (args.ckpt and len(args.ckpt) > 1, "--ckpt: give one checkpoint without --eval"),
+            (args.ckpt and len(args.ckpt) > 1 and not (args.animate or args.gif),
+             "--ckpt: give one checkpoint without --eval and --animate"),
+            (is_verified and (args.animate or args.gif), "--animate shows how one model writes: "
+             "leave --exact and --apd out"),
             (max(len(cfg.nfe), len(cfg.tau), len(cfg.temperature or [])) > 1,
              "--nfe, --tau, --temperature: give one number each without --eval"),
             (is_verified and not 0 <= args.apd <= 1, f"--apd {args.apd}: must lie between 0 and 1"),
@@ -605,7 +625,8 @@ def check(args, cfg, model, path, known):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", nargs="+", help="checkpoints (the newest student under out/)")
-    parser.add_argument("-n", type=int, help="number of texts (4; with --eval 1000)")
+    parser.add_argument("-n", type=int, help="number of texts (4; with --animate 1, with --eval "
+                        "1000)")
     parser.add_argument("--length", type=int, help="tokens of a text (the model's seq_len); "
                         "students in blocks may write longer ones")
     parser.add_argument("--prompt", default="", help="text to begin with; each _ is one token to "
@@ -614,7 +635,9 @@ def main():
                         "student drafts, the teacher verifies; 1 is the student alone")
     parser.add_argument("--exact", dest="apd", action="store_const", const=0.0, help="--apd 0: "
                         "what the teacher alone would write, in fewer calls")
-    parser.add_argument("--show-steps", action="store_true", help="print how a text is unmasked")
+    parser.add_argument("--animate", action="store_true", help="show how a text unmasks, step by "
+                        "step; by several checkpoints from the same noise")
+    parser.add_argument("--gif", metavar="FILE", help="the same as a moving picture")
     parser.add_argument("--out", help="write the texts to this file, one JSON object a line")
     parser.add_argument("--eval", action="store_true", help="judge the checkpoints, in a table")
     parser.add_argument("--floors", action="store_true", help="with --eval: also judge texts that "
@@ -630,42 +653,58 @@ def main():
     given = {name: getattr(args, name) for name in FLAGS}
     for name in ("train_files", "val_files"):
         given[name] = given[name] or getattr(saved["config"], name)
-    n = (1000 if args.eval else 4) if args.n is None else args.n
+    n = args.n
+    if n is None:
+        n = 1000 if args.eval else 1 if args.animate else 4
     cfg = resolve(dataclasses.replace(saved["config"], grad_accum=1, n_samples=n, **given))
     if args.eval:
-        if args.prompt or args.apd is not None or args.show_steps or args.out or args.length:
-            raise UserError("--eval judges whole texts: leave --prompt, --exact, --apd, "
-                            "--show-steps, --out and --length out")
-        evaluate(paths, args, cfg)
-    else:
-        if args.floors:
-            raise UserError("--floors: texts for the table of --eval; add --eval")
-        write(args, cfg, model.to(cfg.device), tokenizer, saved, paths[0])
-
-
-def write(args, cfg, model, tokenizer, saved, path):
-    """Texts of one model, printed or written to a file."""
-    n, settings = cfg.n_samples, dict(tau=cfg.tau[0])
+        if (args.prompt or args.apd is not None or args.animate or args.gif or args.out
+                or args.length):
+            raise UserError("--eval judges whole texts: leave --prompt, --exact, --apd, --animate, "
+                            "--gif, --out and --length out")
+        return evaluate(paths, args, cfg)
+    if args.floors:
+        raise UserError("--floors: texts for the table of --eval; add --eval")
     T = cfg.seq_len if args.length is None else args.length
     if T < 1:
         raise UserError(f"--length {T}: must be 1 or more")
     known = prompt_ids(args.prompt, tokenizer, T)
-    check(args, cfg, model, path, known)
-    known = known.to(cfg.device)
+    check(args, cfg, model, paths[0], known)
+    if args.animate or args.gif:
+        animate(paths, args, cfg, known.to(cfg.device))
+    else:
+        write(args, cfg, model.to(cfg.device), tokenizer, saved, paths[0], known.to(cfg.device))
+
+
+def animate(paths, args, cfg, known):
+    """The films of all models, in the terminal or, with --gif, in a file."""
+    models = load_models(paths, cfg)
+    for path, (model, _, _) in zip(paths, models):
+        check(args, cfg, model, path, known.cpu())
+    texts = []
+    for number in range(cfg.n_samples):
+        texts.append([film(model, number, cfg.seed, known, **settings_of(model, cfg))
+                      for model, _, _ in models])
+    tokenizer = models[0][1]
+    names = [model.name for model, _, _ in models]
+    is_maze = cfg.dataset == "maze" and len(known) == cfg.seq_len
+    if args.gif:
+        write_gif(texts, names, tokenizer, is_maze, args.gif)
+        print(f"{args.gif} written: {len(texts)} texts")
+        return
+    for films in texts:
+        play(films, names, tokenizer, is_maze)
+
+
+def write(args, cfg, model, tokenizer, saved, path, known):
+    """Texts of one model, printed or written to a file."""
+    n, settings = cfg.n_samples, settings_of(model, cfg)
     print(f"{path}: {model.name}, step {saved['step']}, {cfg.dataset}")
-    if isinstance(model, Student):
-        temperature = cfg.temperature[0] if cfg.temperature else float(not model.noise)
-        settings.update(nfe=cfg.nfe[0], top_p=cfg.top_p, order=cfg.order, temperature=temperature)
     if args.apd is not None:
         teacher = teacher_of(path, saved, tokenizer, cfg)
         x = verified(model, teacher, n, cfg.seed, known, args.apd)
     else:
-        if args.show_steps and isinstance(model, Student):
-            steps = []
-            generate(model, 1, T, cfg.seed, known, **settings,
-                     on_step=lambda text: steps.append(text[0].cpu()))
-            print_steps(steps, tokenizer)
-        x = generate(model, n, T, cfg.seed, known, cfg.batch_size, "texts", **settings)
+        x = generate(model, n, len(known), cfg.seed, known, cfg.batch_size, "texts", **settings)
     if args.out:
         with open(args.out, "w") as f:
             for i, row in enumerate(x.tolist()):

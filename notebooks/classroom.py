@@ -19,17 +19,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "notebooks" / "figures"
 sys.path.insert(0, str(ROOT))
+from animate import BLUE, GREEN, GREY, LABELS, RED, draw, draw_walls  # noqa: E402
 import data  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
 
-# Colours that the colour-blind can tell apart, too (Okabe and Ito).
-RED, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#999999"
 STYLE = {  # colour, marker and label of each model in all pictures
-    "mdlm": (RED, "s", "MDLM"),
-    "bd3lm": (RED, "s", "BD3-LM"),
-    "gumbel": (BLUE, "o", "paper's map"),
-    "gumbel-draft": (GREEN, "^", "ours (drafts)"),
-    "teacher": ("black", "D", "AR teacher"),
+    "mdlm": (RED, "s", LABELS["mdlm"]),
+    "bd3lm": (RED, "s", LABELS["bd3lm"]),
+    "gumbel": (BLUE, "o", LABELS["gumbel"]),
+    "gumbel-draft": (GREEN, "^", LABELS["gumbel-draft"]),
+    "teacher": ("black", "D", LABELS["teacher"]),
 }
 MASK = data.MAZE_SIZE**2        # id of [MASK] in the maze
 
@@ -66,55 +65,6 @@ def check(answer, is_right, hint):
 
 # -----------------------------------------------------------------------------
 # Mazes
-
-def allowed_moves():
-    """All moves (from, to) of the shortest paths, as a set of pairs of cells."""
-    moves = set()
-    for path in data.maze_paths():
-        moves.update(zip([0, *path], path))
-    return moves
-
-
-def draw_walls(axis, title=""):
-    """The walls of the maze, with S at the start and G at the goal."""
-    n = data.MAZE_SIZE
-    for row, line in enumerate(data.MAZE):
-        y = row // 2
-        for col in range(n + 1):
-            if line[4 * col] == "|":
-                axis.plot([col, col], [y, y + 1], color="black", lw=2)
-        for col in range(n):
-            if line[4 * col + 1] == "-":
-                axis.plot([col, col + 1], [y, y], color="black", lw=2)
-    axis.text(0.1, 0.38, "S", fontsize=8)
-    axis.text(n - 0.4, n - 0.1, "G", fontsize=8)
-    axis.set(xlim=(-0.1, n + 0.1), ylim=(n + 0.1, -0.1), aspect="equal")
-    axis.set_title(title, fontsize=10)
-    axis.axis("off")
-
-
-def draw(path, axis, title=""):
-    """Draw a path (10,) of cells. Masked cells are left out.
-
-    A move that no shortest path makes is red and dotted.
-    """
-    draw_walls(axis, title)
-    moves = allowed_moves()
-    cells = [0] + [int(cell) for cell in path]
-    x = [cell % data.MAZE_SIZE + 0.5 for cell in cells]
-    y = [cell // data.MAZE_SIZE + 0.5 for cell in cells]
-    for i in range(len(cells) - 1):
-        move = (cells[i], cells[i + 1])
-        if MASK in move:
-            continue
-        style = dict(color=RED, lw=2, ls=":")
-        if move in moves:
-            style = dict(color=BLUE, lw=3)
-        axis.plot(x[i:i + 2], y[i:i + 2], solid_capstyle="round", **style)
-    for i, cell in enumerate(cells):
-        if cell != MASK:
-            axis.plot(x[i], y[i], "o", color="black", ms=4)
-
 
 def draw_all(paths, titles=None, columns=5, width=2.0):
     """Paths (n, 10) as rows of mazes."""

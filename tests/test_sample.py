@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+import animate
 import data
 import gumbel_distill as gd
 import sample
@@ -376,7 +378,7 @@ def test_texts_that_cannot_be_are_refused(maze_run, cli):
         assert status == 1 and said in err and err.count("\n") == 1, err
 
 
-def test_texts_are_written_as_json_lines_and_steps_are_shown(maze_run, cli, tmp_path):
+def test_texts_are_written_as_json_lines(maze_run, cli, tmp_path):
     folder, _ = maze_run
     given = ["--ckpt", folder / "gumbel.pt", "--nfe", 3]
     status, said, _ = cli(sample.main, *given, "-n", 7, "--out", tmp_path / "texts.jsonl",
@@ -388,12 +390,60 @@ def test_texts_are_written_as_json_lines_and_steps_are_shown(maze_run, cli, tmp_
     for r in rows[2:4]:  # a line says how its text is made again
         settings = {name: r[name] for name in ("nfe", "tau", "temperature", "top_p", "order")}
         assert gd.generate(model, 7, 10, r["seed"], **settings)[r["index"]].tolist() == r["ids"]
-    status, said, _ = cli(sample.main, *given, "-n", 1, "--show-steps", "--prompt", "b1 __ e1",
-                          "--order", "first-hitting")
-    steps = [line.split()[2:] for line in said.splitlines() if line.startswith("step ")]
-    assert status == 0 and len(steps) == 3 and all(s[0] == "b1" and s[3] == "e1" for s in steps)
-    counts = [s.count("_") for s in steps]
-    assert counts == sorted(counts, reverse=True) and counts[-1] == 0
+
+
+def test_a_text_is_shown_as_it_unmasks(maze_run, cli, tmp_path):
+    """Frame by frame: known tokens stand from the start, none goes, the last frame is the text."""
+    folder, _ = maze_run
+    for name in ("mdlm", "gumbel", "teacher"):
+        model, tokenizer, _ = gd.load_model(str(folder / f"{name}.pt"), "cpu")
+        known = sample.prompt_ids("b1 __ e1", tokenizer, 10)
+        settings = {"tau": 1.0}
+        if name != "teacher":
+            settings.update(nfe=3, order="first-hitting", temperature=float(name == "mdlm"))
+        film = sample.film(model, 4, 0, known, **settings)
+        assert film[0].equal(known) and len(film) == (11 if name == "teacher" else 4)
+        for before, after in zip(film, film[1:]):
+            assert (before == 36).sum() >= (after == 36).sum()
+            assert after[before != 36].equal(before[before != 36])
+        assert film[-1].equal(gd.generate(model, 5, 10, 0, known, **settings)[4])
+    status, said, err = cli(sample.main, "--ckpt", folder / "mdlm.pt", folder / "gumbel.pt",
+                            "--nfe", 3, "--order", "left", "--animate", "--prompt", "b1 __ e1")
+    assert status == 0 and said.count("MDLM, step") == said.count("paper's map, step") == 4, err
+    assert [said.count(f", step {k}") for k in (0, 1, 2, 3)] == [2] * 4
+    frames = said.split("MDLM, step ")[1:]
+    cells = [frame.count("o") for frame in frames]              # the start, b1 and e1 of both
+    assert cells[0] == 6 and cells == sorted(cells) and 20 <= cells[-1] <= 22
+
+
+def test_running_text_is_wrapped_and_what_is_new_is_marked(monkeypatch, capsys):
+    words = gd.Tokenizer(list("abc\n"))
+    frame, before = torch.tensor([0, 1, 3, 4, 2]), torch.tensor([0, 4, 3, 4, 4])
+    lines = animate.lines_of(frame, before, words, width=3)
+    assert lines == [[("a", "old"), ("b", "new"), ("\u21b5", "old")],
+                     [("_", "masked"), ("c", "new")]]
+    monkeypatch.setattr(animate.sys.stdout, "isatty", lambda: True, raising=False)
+    films = [[torch.full((5,), 4), frame], [torch.full((5,), 4), frame, frame]]
+    animate.play(films, ["mdlm", "gumbel"], words, is_maze=False, pause=0)
+    said = capsys.readouterr().out
+    assert said.count("\033[6A\033[J") == 2                     # two frames overwrite the one before
+    assert said.count("\033[32mc\033[0m") == 3                  # green where it is new
+
+
+def test_a_moving_picture_has_the_frames_of_the_film(maze_run, cli, tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    folder, _ = maze_run
+    given = ["--ckpt", folder / "mdlm.pt", folder / "gumbel.pt", "--nfe", 3, "--order", "left"]
+    status, said, err = cli(sample.main, *given, "-n", 2, "--gif", tmp_path / "a.gif")
+    assert status == 0 and "a.gif" in said, err
+    picture = image.open(tmp_path / "a.gif")
+    assert picture.n_frames >= 2 * 4 and picture.info["loop"] == 0
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    status, _, err = cli(sample.main, *given, "--gif", tmp_path / "a.gif")
+    assert status == 1 and "pip install matplotlib" in err and err.count("\n") == 1
+    for args in (["--exact"], ["--eval", *OWN]):
+        status, _, err = cli(sample.main, *given[:2], "--animate", *args)
+        assert status == 1 and "--animate" in err and err.count("\n") == 1
 
 
 def test_the_teacher_writes_too(maze_run, cli):
