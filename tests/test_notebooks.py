@@ -15,23 +15,20 @@ nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-# Of each exercise: a right answer, a wrong one.
-ANSWERS = {
-    "01_gumbel_max": [
-        ("lambda logp, xi: (2 * logp + xi).argmax(-1)",
-         "lambda logp, xi: (logp + 2 * xi).argmax(-1)"),
-        ("(logp + xi).amax(-1).mean().item()", "0.0"),
-        ("set()", "{'argmax'}")],
-    "02_why_parallel_decoding_breaks": [
-        ("0.5", "1.0"),
-        ("true_p[torch.arange(10), paths].prod(-1).sum().item()", "true_p[0].sum().item()"),
-        ("1 - 1 / 51", "0.5")],
-    "03_gumbel_distillation": [
-        ("False", "True"), ("4", "5"),
-        ("lambda tau: len(gd.generate(ours, 1000, 10, nfe=1, tau=tau).unique(dim=0))",
-         "lambda tau: 51")],
-    "04_text": [("256", "4"), ("'the AR likelihood'", "'nothing'"), ("'second'", "'first'")],
+# A wrong answer to each exercise. The right ones are in notebooks/solutions.
+WRONG = {
+    "01_gumbel_max": ["lambda logp, xi: (logp + 2 * xi).argmax(-1)", "0.0", "{'argmax'}"],
+    "02_why_parallel_decoding_breaks": ["1.0", "true_p[0].sum().item()", "0.5"],
+    "03_gumbel_distillation": ["True", "5", "lambda tau: 51"],
+    "04_text": ["4", "'nothing'", "'first'"],
 }
+
+
+def solutions(path):
+    """Code of the worked solutions to a notebook's exercises, one text for each."""
+    text = (path.parent / "solutions" / f"{path.stem}.py").read_text()
+    first, *others = re.split(r"^# Exercise \d\. ", text, flags=re.M)
+    return ["# " + code for code in others]
 
 
 def code_cells(path):
@@ -48,8 +45,15 @@ def names_of(path):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
-def test_there_are_answers_for_every_notebook():
-    assert [p.stem for p in NOTEBOOKS] == list(ANSWERS)
+def test_every_exercise_has_a_worked_solution():
+    assert [p.stem for p in NOTEBOOKS] == list(WRONG)
+    for path in NOTEBOOKS:
+        text = "".join(c.source + "\n" for c in code_cells(path))
+        numbers = sorted(int(n) for n in re.findall(r"^answer_(\d) = None", text, re.M))
+        assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 3
+        assert len(WRONG[path.stem]) == len(numbers)
+        for n, code in enumerate(solutions(path), 1):
+            assert f"\nanswer_{n} = " in code and len(code.split("\nanswer_")[0]) > 60
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -63,13 +67,14 @@ def test_a_notebook_runs_and_its_checks_tell_right_from_wrong(path, tmp_path, mo
         cells.append(cell)
         call = re.search(r"^check\(answer_(\d)", cell.source, re.M)
         if cell.cell_type == "code" and call:
-            right, wrong = ANSWERS[path.stem][int(call[1]) - 1]
+            number = int(call[1])
             n_checks += 1
-            for answer in (right, wrong):
+            for answer in (solutions(path)[number - 1],
+                           f"answer_{number} = {WRONG[path.stem][number - 1]}"):
                 cells.append(nbformat.v4.new_code_cell(
-                    f"answer_{call[1]} = {answer}\ntry:\n" + textwrap.indent(cell.source, "    ")
+                    f"{answer}\ntry:\n" + textwrap.indent(cell.source, "    ")
                     + "\nexcept AssertionError as e:\n    print('refused:', e)"))
-    assert n_checks == len(ANSWERS[path.stem])
+    assert n_checks == len(WRONG[path.stem])
     book.cells = cells
     nbclient.NotebookClient(book, timeout=300, kernel_name="python3",
                             resources={"metadata": {"path": str(path.parent)}}).execute()
