@@ -592,7 +592,8 @@ class Config:
     # sampling
     nfe: int = option(None, "function evaluations of each block, one or more numbers", nargs="+")
     tau: float = option((1.0,), "scale of the noise, one or more numbers", nargs="+")
-    temperature: float = option(None, "likewise (with noise 0, without 1 0)", nargs="+")
+    temperature: float = option(None, "likewise; several are for students without noise "
+                                "(with noise 0, without 1 0)", nargs="+")
     top_p: float = option(1.0, "nucleus: the likeliest tokens of this total")
     order: str = option("random", "which masked tokens to fill first", choices=ORDERS)
     n_samples: int = option(None, "texts per row of the table")
@@ -921,7 +922,9 @@ def evaluate(teacher, students, data, cfg):
     add("teacher, other noise", teacher_text.roll(1, 0))
     add("best constant text", teacher_text.mode(dim=0).values.repeat(n, 1))
     for student in students:
-        temperatures = cfg.temperature or ([0.0] if student.noise else [1.0, 0.0])
+        temperatures = cfg.temperature or [1.0, 0.0]
+        if student.noise and len(temperatures) > 1:             # they vary tau instead
+            temperatures = [0.0]
         taus = cfg.tau if student.noise else [1.0]
         for temperature, tau, nfe in itertools.product(temperatures, taus, cfg.nfe):
             settings = dict(tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)

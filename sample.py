@@ -494,6 +494,8 @@ def evaluate(paths, args, cfg):
         name = os.path.join(os.path.basename(os.path.dirname(ckpt)), model.name)
         taus = cfg.tau if model.noise else [1.0]
         temperatures = cfg.temperature or [0.0 if model.noise else 1.0]
+        if model.noise and len(temperatures) > 1:               # they vary tau instead
+            temperatures = [0.0]
         for tau, temperature, nfe in itertools.product(taus, temperatures, cfg.nfe):
             settings = dict(tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
             start = time.perf_counter()

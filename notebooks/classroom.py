@@ -45,7 +45,7 @@ def where(name):
     """
     folder = os.environ.get("GD_SMALL")
     if folder:
-        return {"out_dir": f"{folder}/{name}", "max_steps": 20, "eval_every": 20}
+        return {"out_dir": f"{folder}/{name}", "max_steps": 4, "eval_every": 4, "batch_size": 8}
     return {"out_dir": os.path.relpath(ROOT / "out" / name)}
 
 

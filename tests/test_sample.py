@@ -314,6 +314,16 @@ def test_rows_are_those_of_every_setting_and_agree_with_the_run(maze_run, cli, t
     assert all(("agree_token" in r) == (r in here) for r in rows)
 
 
+def test_one_command_varies_tau_with_noise_and_temperature_without(maze_run, cli, tmp_path,
+                                                                  monkeypatch):
+    folder, _ = maze_run
+    monkeypatch.setattr(sample, "mauve", lambda p, q: (0.5, 0.1))       # the slow part
+    _, _, rows = evaluated(cli, folder, tmp_path, "--nfe", 3, "--tau", 0.5, 1, "--temperature",
+                           0.6, 0.8, 1)
+    assert [(r["tau"], r["temperature"]) for r in rows[2:]] == [(0.5, 0), (1, 0), (1, 0.6),
+                                                               (1, 0.8), (1, 1)]
+
+
 def test_an_interrupted_evaluation_leaves_the_rows_done_so_far(maze_run, cli, tmp_path,
                                                                monkeypatch):
     folder, _ = maze_run
