@@ -156,8 +156,8 @@ def write_gif(texts, names, tokenizer, is_maze, path, width=72):
     n_lines = max(len(lines_of(film[-1], film[0], tokenizer, width)) for films in texts
                   for film in films)
     size = (2.6 * n, 3.0) if is_maze else (0.096 * width, n * (0.5 + 0.2 * n_lines))
-    figure, axes = plt.subplots(*((1, n) if is_maze else (n, 1)), figsize=size, squeeze=False)
-    figure.subplots_adjust(0.02, 0.02, 0.98, 0.9)
+    figure, axes = plt.subplots(*((1, n) if is_maze else (n, 1)), figsize=size, squeeze=False,
+                                layout="constrained")
     writer = PillowWriter(fps=1 / 0.7)
     with writer.saving(figure, path, dpi=100):
         for films in texts:
