@@ -59,7 +59,7 @@ def real_data():
 
 
 def maze_config(folder):
-    return gd.Config(**CPU, max_steps=600, eval_every=300, n_samples=1000, nfe=[1, 3],
+    return gd.Config(**CPU, max_steps=450, eval_every=450, n_samples=1000, nfe=[1, 3],
                      out_dir=str(folder))
 
 

@@ -3,6 +3,7 @@
 import ast
 import re
 import shutil
+import sys
 import textwrap
 
 import pytest
@@ -29,6 +30,9 @@ def solutions(path):
     text = (path.parent / "solutions" / f"{path.stem}.py").read_text()
     first, *others = re.split(r"^# Exercise \d\. ", text, flags=re.M)
     return ["# " + code for code in others]
+
+
+COURSE = ROOT / "notebooks" / "README.md"
 
 
 def code_cells(path):
@@ -94,6 +98,13 @@ def test_a_notebook_is_short_cells_with_stored_outputs_and_redefines_nothing(pat
     for name in re.findall(r"`([\w-]+)`", book.cells[0].source.split("**Time.**")[0]):
         assert name in own or name in ["block_size", *gd.STUDENTS], name
     cells = code_cells(path)
+    assert cells[0].source == code_cells(NOTEBOOKS[0])[0].source     # it finds the project
+    questions = [c for c in book.cells if c.cell_type == "markdown"
+                 and "**Predict before you run.**" in c.source]
+    assert len(questions) >= 2
+    for cell in questions:  # the answer is what the next cell puts out
+        following = book.cells[book.cells.index(cell) + 1]
+        assert following.cell_type == "code" and following.outputs
     for cell in cells:
         assert len(cell.source.splitlines()) <= 15 and cell.execution_count
         assert not own & set(re.findall(r"^(?:def|class) (\w+)", cell.source, re.M))
@@ -101,6 +112,38 @@ def test_a_notebook_is_short_cells_with_stored_outputs_and_redefines_nothing(pat
         assert not [o for o in cell.outputs if o.output_type == "error"]
     pictures = [o for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
     assert len(pictures) >= 2
+
+
+def test_the_contents_page_names_every_chapter():
+    text = COURSE.read_text(encoding="utf-8")
+    assert re.findall(r"\]\((\d\d_\w+)\.ipynb\)", text) == [p.stem for p in NOTEBOOKS]
+
+
+def test_a_notebook_finds_the_project_or_fetches_it(tmp_path, monkeypatch):
+    """From the project, from a folder in it, from the folder that holds it; else from REPOSITORY."""
+    code = code_cells(NOTEBOOKS[0])[0].source
+    project = tmp_path / "holder" / "project"
+    (project / "notebooks" / "figures").mkdir(parents=True)
+    shutil.copy(ROOT / "notebooks" / "classroom.py", project / "notebooks")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for start in (project, project / "notebooks" / "figures", tmp_path / "holder"):
+        monkeypatch.chdir(start)
+        exec(code, {})
+        assert sys.path.pop(0) == str(project / "notebooks")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(AssertionError, match="REPOSITORY"):
+        exec(code, {})
+    calls = []
+
+    def run(command, check):
+        calls.append(command)
+        if command[0] == "git":
+            shutil.copytree(project, command[-1])
+    monkeypatch.setattr("subprocess.run", run)
+    exec(code.replace('REPOSITORY = ""', 'REPOSITORY = "https://somewhere/it.git"'), {})
+    assert sys.path[0] == str(tmp_path / "elsewhere" / "project" / "notebooks")
+    assert calls[0][:3] == ["git", "clone", "https://somewhere/it.git"] and "pip" in calls[1]
 
 
 def test_the_pictures_of_the_readme_are_drawn_by_one_command(
