@@ -22,6 +22,7 @@ WRONG = {
     "02_why_parallel_decoding_breaks": ["1.0", "true_p[0].sum().item()", "0.5"],
     "03_gumbel_distillation": ["True", "5", "lambda tau: 51"],
     "04_text": ["4", "'nothing'", "'first'"],
+    "05_heads": ["{2}", "lambda a: 1 + sum(a)", "(0.5, 0.5)"],
 }
 
 
