@@ -23,6 +23,8 @@ WRONG = {
     "03_gumbel_distillation": ["True", "5", "lambda tau: 51"],
     "04_text": ["4", "'nothing'", "'first'"],
     "05_heads": ["{2}", "lambda a: 1 + sum(a)", "(0.5, 0.5)"],
+    "06_other_couplings": ["[0, 1, 2]", "{'valid', 'tv', 'agree_token'}",
+                           "lambda p, q: torch.minimum(p, q).sum()"],
 }
 
 
