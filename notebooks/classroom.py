@@ -225,8 +225,9 @@ def draw_frontier(folder):
     table = judged_table(folder)
     rows = [row for row in table if "tau" in row]               # those of students
     steps = sorted({row["nfe"] for row in rows})
-    figure, axes = plt.subplots(1, len(steps), figsize=(3.6 * len(steps), 3.6), squeeze=False,
+    figure, axes = plt.subplots(1, len(steps), figsize=(2.7 * len(steps), 3.3), squeeze=False,
                                 sharex=True, sharey=True, layout="constrained")
+    floors = [row["model"] for row in table if row["model"].startswith("floor")]
     for axis, nfe in zip(axes[0], steps):
         for name in dict.fromkeys(row["model"] for row in rows):
             curve = [row for row in rows if (row["model"], row["nfe"]) == (name, nfe)]
@@ -236,13 +237,13 @@ def draw_frontier(folder):
                       [math.log(row["gen_ppl"]) for row in curve], color=color, marker=marker,
                       label=title)
         for row in table:
-            if "tau" not in row:
-                is_floor = row["model"].startswith("floor")
-                color, marker = (GREY, "x") if is_floor else ("black", "D")
-                if row["model"].startswith("real"):
-                    marker = "*"
-                axis.plot(row["entropy"], math.log(row["gen_ppl"]), color=color, marker=marker,
-                          ls="", label=row["model"])
+            if "tau" in row:
+                continue
+            color, marker = "black", "*" if row["model"].startswith("real") else "D"
+            if row["model"] in floors:
+                color, marker = GREY, "x+1"[floors.index(row["model"])]
+            axis.plot(row["entropy"], math.log(row["gen_ppl"]), color=color, marker=marker, ls="",
+                      label=row["model"])
         axis.set(title=f"{nfe} step{'s' * (nfe > 1)}", xlabel="entropy of a text, nats")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("NLL under the judge,\nnats per token")
