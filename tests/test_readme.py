@@ -82,7 +82,7 @@ def test_every_command_runs(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "RUNS", {"default": ({}, 1)})
     monkeypatch.chdir(tmp_path)
     for name in ("input.txt", "tinyshakespeare.txt"):
-        (tmp_path / name).write_text("to be or not to be, that is the question.\n" * 40)
+        (tmp_path / name).write_text("to be or not to be, that is the question.\n" * 400)
     commands = [c for c in COMMANDS if "lm1b" not in c and "owt" not in c]
     assert len(commands) >= 7
     commands.sort(key=lambda c: (c.startswith("sample"), not c.startswith("train_teacher"),
