@@ -7,6 +7,7 @@ A film is a list of frames. A frame is the token ids (T,) of a text after a step
 nothing stands yet. The films of several models are shown together, frame by frame.
 """
 
+import shutil
 import sys
 import time
 
@@ -14,6 +15,7 @@ from data import MAZE, MAZE_SIZE, UserError, draw_maze, maze_paths
 
 LABELS = {"mdlm": "MDLM", "bd3lm": "BD3-LM", "gumbel": "paper's map",
           "gumbel-draft": "ours (drafts)", "teacher": "AR teacher"}
+WIDTH = 76                          # letters of a line of text
 # Colours that the colour-blind can tell apart, too (Okabe and Ito).
 RED, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#999999"
 
@@ -53,7 +55,7 @@ def panels(shown, names, tokenizer, is_maze, is_colour):
             block += draw_maze(frame[frame != tokenizer.vocab_size]).split("\n")
         else:
             colour = {"new": "\033[32m{}\033[0m"} if is_colour else {}
-            for line in lines_of(frame, before, tokenizer, 76):
+            for line in lines_of(frame, before, tokenizer, WIDTH):
                 block.append("".join(colour.get(kind, "{}").format(piece) for piece, kind in line))
             block.append("")
         blocks.append(block)
@@ -63,16 +65,19 @@ def panels(shown, names, tokenizer, is_maze, is_colour):
 
 
 def play(films, names, tokenizer, is_maze, pause=0.8):
-    """Print films. On a terminal each frame takes the place of the last, else they follow it."""
+    """Print films. On a terminal each frame takes the place of the last, if it fits; elsewhere the
+    frames stand one below the other."""
     is_terminal = sys.stdout.isatty()
-    n_lines = 0
+    columns, rows = shutil.get_terminal_size()
+    n_lines = 0                                                 # of the frame on the screen
     for shown in frames(films):
-        if is_terminal:
-            if n_lines:
-                print(f"\033[{n_lines}A\033[J", end="")         # up, and clear what is below
-            time.sleep(pause if n_lines else 0)
         lines = panels(shown, names, tokenizer, is_maze, is_terminal)
-        n_lines = len(lines)
+        width = len(names) * (len(MAZE[0]) + 3) if is_maze else WIDTH
+        fits = len(lines) < rows and width <= columns
+        if n_lines:
+            time.sleep(pause)
+            print(f"\033[{n_lines}A\033[J", end="")             # up, and clear what is below
+        n_lines = len(lines) if is_terminal and fits else 0
         print("\n".join(lines), flush=True)
     print()
 
@@ -128,20 +133,21 @@ def draw(path, axis, title=""):
             axis.plot(x[i], y[i], "o", color="black", ms=4)
 
 
-def draw_text(lines, axis, title, width):
-    """Lines of (piece, kind), letter by letter on a grid `width` letters wide."""
+def draw_text(lines, axis, title, width, n_lines):
+    """Lines of (piece, kind), on a grid for n_lines of `width` letters."""
     colours = {"masked": GREY, "new": GREEN, "old": "black"}
-    axis.set(xlim=(0, width), ylim=(len(lines) + 0.5, -0.5))
+    axis.set(xlim=(0, width), ylim=(n_lines + 0.5, -0.5))
     axis.set_title(title, fontsize=10, loc="left")
     axis.axis("off")
     for y, line in enumerate(lines):
         x = 0
         for piece, kind in line:
-            axis.text(x, y, piece, color=colours[kind], family="monospace", fontsize=11, va="top")
+            axis.text(x, y, piece, color=colours[kind], family="monospace", fontsize=11, va="top",
+                      parse_math=False)
             x += len(piece)
 
 
-def write_gif(texts, names, tokenizer, is_maze, path, width=72):
+def write_gif(texts, names, tokenizer, is_maze, path, width=WIDTH):
     """An animated GIF that shows the films (one a model) of each of the texts, again and again.
 
     A frame stands for 0.7 seconds, the last one of a text three times as long. Needs matplotlib.
@@ -169,7 +175,7 @@ def write_gif(texts, names, tokenizer, is_maze, path, width=72):
                         draw(frame, axis, title)
                     else:
                         lines = lines_of(frame, before, tokenizer, width)
-                        draw_text(lines, axis, title, width)
+                        draw_text(lines, axis, title, width, n_lines)
                 writer.grab_frame()
             for _ in range(2):
                 writer.grab_frame()

@@ -592,7 +592,7 @@ class Config:
     # sampling
     nfe: int = option(None, "function evaluations of each block, one or more numbers", nargs="+")
     tau: float = option((1.0,), "scale of the noise, one or more numbers", nargs="+")
-    temperature: float = option(None, "likewise; several are for students without noise "
+    temperature: float = option(None, "likewise; with noise only if there is one tau "
                                 "(with noise 0, without 1 0)", nargs="+")
     top_p: float = option(1.0, "nucleus: the likeliest tokens of this total")
     order: str = option("random", "which masked tokens to fill first", choices=ORDERS)
@@ -907,6 +907,17 @@ def compare_with_teacher(x, teacher_text, teacher, seed):
     return {name: float(score.double().mean()) for name, score in scores.items()}
 
 
+def scales(student, cfg, without_noise=(1.0, 0.0)):
+    """Pairs (tau, temperature) to write with. Students without noise read no tau. Those with noise
+    vary one of the two: tau, if there are several."""
+    if not student.noise:
+        return [(1.0, temperature) for temperature in cfg.temperature or without_noise]
+    temperatures = cfg.temperature or [0.0]
+    if len(cfg.tau) > 1 and len(temperatures) > 1:
+        temperatures = [0.0]
+    return list(itertools.product(cfg.tau, temperatures))
+
+
 def evaluate(teacher, students, data, cfg):
     """The rows of results.json: one dict for each model and setting of the sampler."""
     n = cfg.n_samples
@@ -922,11 +933,7 @@ def evaluate(teacher, students, data, cfg):
     add("teacher, other noise", teacher_text.roll(1, 0))
     add("best constant text", teacher_text.mode(dim=0).values.repeat(n, 1))
     for student in students:
-        temperatures = cfg.temperature or [1.0, 0.0]
-        if student.noise and len(temperatures) > 1:             # they vary tau instead
-            temperatures = [0.0]
-        taus = cfg.tau if student.noise else [1.0]
-        for temperature, tau, nfe in itertools.product(temperatures, taus, cfg.nfe):
+        for (tau, temperature), nfe in itertools.product(scales(student, cfg), cfg.nfe):
             settings = dict(tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
             x = generate(student, n, cfg.seq_len, cfg.seed, nfe=nfe, **settings)
             add(student.name, x, nfe=student.nfe_of_text(nfe), **settings)

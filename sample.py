@@ -27,7 +27,7 @@ from animate import play, write_gif
 from data import COLUMNS, UserError, load_data, load_transformers, print_table, run_cli, show
 from data import token_entropy
 from gumbel_distill import Teacher, add_flags, compare_with_teacher, generate, load_model
-from gumbel_distill import load_teacher, resolve, rng, sample, sampling_batches
+from gumbel_distill import load_teacher, resolve, rng, sample, sampling_batches, scales
 from gumbel_distill import sequence_noise, serial_extraction, stratified_times, student_loss
 from gumbel_distill import weights_id
 
@@ -54,6 +54,11 @@ def load_models(paths, cfg):
             raise UserError(f"{path}: does not compare with {paths[0]}, which has other tokens or "
                             "another length; name one of them only")
     return models
+
+
+def name_of(path, model):
+    """The model's name after that of its folder: maze/gumbel."""
+    return os.path.join(os.path.basename(os.path.dirname(os.path.abspath(path))), model.name)
 
 
 def settings_of(model, cfg):
@@ -104,8 +109,8 @@ def film(model, number, seed, known, **settings):
     xi, u = sequence_noise(seed, torch.tensor([number]), len(known), model)
     if isinstance(model, Teacher):
         text = serial_extraction(model, settings["tau"] * xi, known[None])
-        for i in range(len(known)):
-            frames.append(torch.where(torch.arange(len(known)) <= i, text.cpu(), known.cpu()))
+        place = torch.arange(len(known), device=known.device)
+        frames += [torch.where(place <= i, text, known) for i in range(len(known))]
     else:
         sample(model, xi, u, xt=known[None], on_step=frames.append, **settings)
     return [frame[0].cpu() for frame in frames]
@@ -278,7 +283,7 @@ def teacher_features(x, teacher):
 
 
 def text_features(texts, name, max_tokens):
-    """The same by mauve-text's own featuriser, a model of transformers."""
+    """Last hidden state of each text, by mauve-text's own featuriser, a model of transformers."""
     load_transformers(name, "--featurizer", OWN_MODEL)
     from mauve.compute_mauve import get_features_from_input
     device = 0 if torch.cuda.is_available() else -1
@@ -446,6 +451,10 @@ def evaluate(paths, args, cfg):
     if data.tokenizer.state != tokenizer.state:
         raise UserError(f"{paths[0]} knows other tokens than the text at hand; name the text that "
                         "it was trained on with --train-files and --val-files")
+    names = [name_of(path, model) for path, (model, _, _) in zip(paths, models)]
+    if len(set(names)) < len(names):
+        raise UserError(f"--ckpt: two of {', '.join(names)} have one name, and the table could not "
+                        "tell them apart; rename a folder")
     is_teacher = isinstance(first, Teacher)
     teacher = first if is_teacher else teacher_of(paths[0], saved, tokenizer, cfg)
     real = data.val_rows(2 * cfg.n_samples).to(cfg.device)
@@ -485,18 +494,13 @@ def evaluate(paths, args, cfg):
         for name, x in floors(data, cfg.n_samples, cfg.seed).items():
             add(x.to(cfg.device), model=name)
     add(teacher_text, model="teacher", nfe=cfg.seq_len)
-    for ckpt, (model, _, _) in zip(paths, models):
+    for name, (model, _, _) in zip(names, models):
         if isinstance(model, Teacher):
             continue
         bound = {}
         if not model.noise:
             bound["nelbo"], bound["nelbo_se"] = nelbo(model, real[:n])
-        name = os.path.join(os.path.basename(os.path.dirname(ckpt)), model.name)
-        taus = cfg.tau if model.noise else [1.0]
-        temperatures = cfg.temperature or [0.0 if model.noise else 1.0]
-        if model.noise and len(temperatures) > 1:               # they vary tau instead
-            temperatures = [0.0]
-        for tau, temperature, nfe in itertools.product(taus, temperatures, cfg.nfe):
+        for (tau, temperature), nfe in itertools.product(scales(model, cfg, [1.0]), cfg.nfe):
             settings = dict(tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
             start = time.perf_counter()
             x = generate(model, cfg.n_samples, cfg.seq_len, cfg.seed, None, cfg.batch_size,
@@ -530,14 +534,13 @@ def at_equal_entropy(rows):
     models with the same nfe are compared at one entropy, the highest that both reach.
 
     Returns: rows with, for each score NAME, the two scores NAME_1 and NAME_2 and NAME_z, by how
-    many standard errors the first model is better
+    many standard errors the first model is better. The errors are those of the scores as the texts
+    vary; other training seeds would add to them
     """
     curves = {}
     for row in rows:
         if "tau" in row:
-            fixed = "tau" if row["temperature"] else "temperature"          # the other one varies
-            key = row["nfe"], row["model"], row[fixed]
-            curves.setdefault(key, []).append(row)
+            curves.setdefault((row["nfe"], row["model"]), []).append(row)
     curves = {key: sorted(curve, key=lambda row: row["entropy"])
               for key, curve in curves.items() if len(curve) > 1}
     result = []
@@ -574,8 +577,8 @@ def print_equal_entropy(rows):
             if column + "_z" in row:
                 scores = [format(row[f"{column}_{i}"], EVAL_COLUMNS[column]) for i in (1, 2)]
                 lines[-1][column] = "{}, {} ({:+.1f})".format(*scores, row[column + "_z"])
-    print("\nAt equal entropy, between the nearest settings of the sampler. A cell has the scores of "
-          "both and, in brackets,\nby how many standard errors the first model is better:")
+    print("\nAt equal entropy, between the nearest settings of the sampler. A cell has the scores "
+          "of both and, in brackets,\nby how many standard errors the first model is better:")
     print_table(lines, {"model": "", "against": "", "nfe": "d", "entropy": ".3f",
                         **dict.fromkeys(LESS_IS_BETTER, "")})
 
@@ -607,6 +610,9 @@ def check(args, cfg, model, path, known):
              "--ckpt: give one checkpoint without --eval and --animate"),
             (is_verified and (args.animate or args.gif), "--animate shows how one model writes: "
              "leave --exact and --apd out"),
+            (args.out and (args.animate or args.gif), f"--out {args.out}: is for texts; leave "
+             "--animate and --gif out"),
+            (args.gif and not args.gif.endswith(".gif"), f"--gif {args.gif}: must end in .gif"),
             (max(len(cfg.nfe), len(cfg.tau), len(cfg.temperature or [])) > 1,
              "--nfe, --tau, --temperature: give one number each without --eval"),
             (is_verified and not 0 <= args.apd <= 1, f"--apd {args.apd}: must lie between 0 and 1"),
@@ -639,7 +645,8 @@ def main():
                         "what the teacher alone would write, in fewer calls")
     parser.add_argument("--animate", action="store_true", help="show how a text unmasks, step by "
                         "step; by several checkpoints from the same noise")
-    parser.add_argument("--gif", metavar="FILE", help="the same as a moving picture")
+    parser.add_argument("--gif", metavar="FILE", help="the same of 4 texts, or -n, as a moving "
+                        "picture in this file")
     parser.add_argument("--out", help="write the texts to this file, one JSON object a line")
     parser.add_argument("--eval", action="store_true", help="judge the checkpoints, in a table")
     parser.add_argument("--floors", action="store_true", help="with --eval: also judge texts that "
@@ -689,6 +696,8 @@ def animate(paths, args, cfg, known):
                       for model, _, _ in models])
     tokenizer = models[0][1]
     names = [model.name for model, _, _ in models]
+    if len(set(names)) < len(names):
+        names = [name_of(path, model) for path, (model, _, _) in zip(paths, models)]
     is_maze = cfg.dataset == "maze" and len(known) == cfg.seq_len
     if args.gif:
         write_gif(texts, names, tokenizer, is_maze, args.gif)

@@ -31,7 +31,7 @@ WRONG = {
 def solutions(path):
     """Code of the worked solutions to a notebook's exercises, one text for each."""
     text = (path.parent / "solutions" / f"{path.stem}.py").read_text()
-    first, *others = re.split(r"^# Exercise \d\. ", text, flags=re.M)
+    _, *others = re.split(r"^# Exercise \d\. ", text, flags=re.M)
     return ["# " + code for code in others]
 
 
@@ -123,7 +123,7 @@ def test_the_contents_page_names_every_chapter():
 
 
 def test_a_notebook_finds_the_project_or_fetches_it(tmp_path, monkeypatch):
-    """From the project, from a folder in it, from the folder that holds it; else from REPOSITORY."""
+    """From the project, a folder in it, the folder that holds it; else from REPOSITORY."""
     code = code_cells(NOTEBOOKS[0])[0].source
     project = tmp_path / "holder" / "project"
     (project / "notebooks" / "figures").mkdir(parents=True)

@@ -248,6 +248,9 @@ def test_models_are_compared_at_the_entropy_that_both_reach(capsys):
     table += rows("one setting", (9.0, 1.0, 0.0)) + [dict(model="real text", entropy=1.0)]
     table += rows("other steps", (2.0, 4.0, 0.2), (3.0, 5.0, 0.4), nfe=9)
     at, = sample.at_equal_entropy(table)
+    for row in table[:2]:  # a student with noise, drawn at temperature 1, varies tau
+        row["tau"] = row["entropy"]
+    assert sample.at_equal_entropy(table) == [at]
     assert (at["model"], at["against"], at["nfe"], at["entropy"]) == ("a", "b", 4, 2.5)
     assert math.log(at["gen_ppl_1"]) == pytest.approx(4.5) and at["energy_1"] == pytest.approx(0.3)
     assert math.log(at["gen_ppl_2"]) == pytest.approx(7.0) and "mauve_z" not in at
@@ -325,6 +328,8 @@ def test_one_command_varies_tau_with_noise_and_temperature_without(maze_run, cli
                            0.6, 0.8, 1)
     assert [(r["tau"], r["temperature"]) for r in rows[2:]] == [(0.5, 0), (1, 0), (1, 0.6),
                                                                (1, 0.8), (1, 1)]
+    student = gd.Student(tiny_config(tau=[1.0], temperature=[0.5, 1.0]), "gumbel", V)
+    assert gd.scales(student, tiny_config(tau=[1.0], temperature=[0.5, 1.0])) == [(1, 0.5), (1, 1)]
 
 
 def test_an_interrupted_evaluation_leaves_the_rows_done_so_far(maze_run, cli, tmp_path,
@@ -367,7 +372,8 @@ def test_bad_evaluations_are_refused_by_name(maze_run, cli, tmp_path):
             (["--ckpt", ckpt, other, *OWN], other, ckpt),
             (["--ckpt", other, *OWN, "--train-files", changed], other, "--train-files"),
             (["--ckpt", ckpt, "-n", 0, *OWN], "0"),
-            (["--ckpt", ckpt, "-n", 1, *OWN], "-n 1", "at least 2"), (["--ckpt", ckpt, *OWN, "--nfe", 0], "--nfe"),
+            (["--ckpt", ckpt, "-n", 1, *OWN], "-n 1", "at least 2"),
+            (["--ckpt", ckpt, *OWN, "--nfe", 0], "--nfe"),
             (["--ckpt", ckpt, *OWN, "--judge", "no/such"], "--judge no/such"),
             (["--ckpt", ckpt, *OWN, "--featurizer", "no/such"], "--featurizer no/such"),
             (["--ckpt", ckpt, *OWN, "--teacher", ckpt], ckpt, "teacher"),
@@ -378,6 +384,10 @@ def test_bad_evaluations_are_refused_by_name(maze_run, cli, tmp_path):
         assert all(str(part) in line for part in said), err
     status, _, err = cli(sample.main, "--ckpt", ckpt, "--floors")
     assert status == 1 and "--floors" in err and "add --eval" in err
+    status, _, err = cli(sample.main, "--ckpt", ckpt, ckpt, "--eval", *OWN)
+    assert status == 1 and "one name" in err and f"{folder.name}/gumbel" in err
+    status, _, err = cli(sample.main, "--ckpt", ckpt, "--gif", "film.mp4")
+    assert status == 1 and "--gif film.mp4: must end in .gif" in err
 
 
 def test_texts_that_cannot_be_are_refused(maze_run, cli):
@@ -439,7 +449,7 @@ def test_running_text_is_wrapped_and_what_is_new_is_marked(monkeypatch, capsys):
     films = [[torch.full((5,), 4), frame], [torch.full((5,), 4), frame, frame]]
     animate.play(films, ["mdlm", "gumbel"], words, is_maze=False, pause=0)
     said = capsys.readouterr().out
-    assert said.count("\033[6A\033[J") == 2                     # two frames overwrite the one before
+    assert said.count("\033[6A\033[J") == 2                     # two frames overwrite the last one
     assert said.count("\033[32mc\033[0m") == 3                  # green where it is new
 
 
@@ -454,7 +464,17 @@ def test_a_moving_picture_has_the_frames_of_the_film(maze_run, cli, tmp_path, mo
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     status, _, err = cli(sample.main, *given, "--gif", tmp_path / "a.gif")
     assert status == 1 and "pip install matplotlib" in err and err.count("\n") == 1
-    for args in (["--exact"], ["--eval", *OWN]):
+    words = gd.Tokenizer(["$$", "a"])                           # no formula of matplotlib
+    monkeypatch.undo()
+    films = [[torch.full((60,), 2), torch.zeros(60, dtype=torch.long)]]
+    animate.write_gif([films], ["mdlm"], words, False, str(tmp_path / "text.gif"))
+    picture = image.open(tmp_path / "text.gif")
+    milliseconds = 0
+    for number in range(picture.n_frames):
+        picture.seek(number)
+        milliseconds += picture.info["duration"]
+    assert milliseconds == 2800                                 # the last of two frames stays
+    for args in (["--exact"], ["--eval", *OWN], ["--out", "x.jsonl"]):
         status, _, err = cli(sample.main, *given[:2], "--animate", *args)
         assert status == 1 and "--animate" in err and err.count("\n") == 1
 

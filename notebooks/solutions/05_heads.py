@@ -1,7 +1,7 @@
 """Worked solutions of 05_heads.ipynb. The tests run them in the notebook."""
 
-# Exercise 1. Token i + 2 is argmax(logp + xi), and logp depends on the tokens i and i + 1. The noise
-# of i decides token i. With it the noise of i + 1 decides token i + 1. So all three take part.
+# Exercise 1. Token i + 2 is argmax(logp + xi), and logp depends on the tokens i and i + 1. The
+# noise of i decides token i. With it the noise of i + 1 decides token i + 1. All three take part.
 answer_1 = {0, 1, 2}
 
 # Exercise 2. The draft of head k stays if the heads 1 to k are all right. That has the probability
