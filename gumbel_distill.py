@@ -908,14 +908,11 @@ def compare_with_teacher(x, teacher_text, teacher, seed):
 
 
 def scales(student, cfg, without_noise=(1.0, 0.0)):
-    """Pairs (tau, temperature) to write with. Students without noise read no tau. Those with noise
-    vary one of the two: tau, if there are several."""
+    """Pairs (tau, temperature) to write with. A student with noise varies one of the two only."""
     if not student.noise:
-        return [(1.0, temperature) for temperature in cfg.temperature or without_noise]
-    temperatures = cfg.temperature or [0.0]
-    if len(cfg.tau) > 1 and len(temperatures) > 1:
-        temperatures = [0.0]
-    return list(itertools.product(cfg.tau, temperatures))
+        return list(itertools.product([1.0], cfg.temperature or without_noise))
+    several = len(cfg.tau) > 1 and len(cfg.temperature or []) > 1
+    return list(itertools.product(cfg.tau, [0.0] if several else cfg.temperature or [0.0]))
 
 
 def evaluate(teacher, students, data, cfg):
