@@ -911,8 +911,10 @@ def scales(student, cfg, without_noise=(1.0, 0.0)):
     """Pairs (tau, temperature) to write with. A student with noise varies one of the two only."""
     if not student.noise:
         return list(itertools.product([1.0], cfg.temperature or without_noise))
-    several = len(cfg.tau) > 1 and len(cfg.temperature or []) > 1
-    return list(itertools.product(cfg.tau, [0.0] if several else cfg.temperature or [0.0]))
+    temperatures = cfg.temperature or [0.0]
+    if len(cfg.tau) > 1 and len(temperatures) > 1:
+        temperatures = [0.0]
+    return list(itertools.product(cfg.tau, temperatures))
 
 
 def evaluate(teacher, students, data, cfg):

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 
@@ -23,9 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from animate import play, write_gif
-from data import COLUMNS, UserError, load_data, load_transformers, print_table, run_cli, show
-from data import token_entropy
+from data import COLUMNS, MAZE, MAZE_SIZE, UserError, draw_maze, load_data, load_transformers
+from data import maze_paths, print_table, run_cli, show, token_entropy
 from gumbel_distill import Teacher, add_flags, compare_with_teacher, generate, load_model
 from gumbel_distill import load_teacher, resolve, rng, sample, sampling_batches, scales
 from gumbel_distill import sequence_noise, serial_extraction, stratified_times, student_loss
@@ -100,20 +100,6 @@ def prompt_ids(prompt, tokenizer, seq_len):
         raise UserError(f"--prompt {prompt!r} is a whole text of {seq_len} tokens, nothing is left "
                         "to fill in; shorten it, or put _ in place of tokens")
     return known
-
-
-@torch.no_grad()
-def film(model, number, seed, known, **settings):
-    """Text `number` of generate, step by step: a list of (T,), the first with known tokens only."""
-    frames = [known[None]]                                      # (1, T) each
-    xi, u = sequence_noise(seed, torch.tensor([number]), len(known), model)
-    if isinstance(model, Teacher):
-        text = serial_extraction(model, settings["tau"] * xi, known[None])
-        place = torch.arange(len(known), device=known.device)
-        frames += [torch.where(place <= i, text, known) for i in range(len(known))]
-    else:
-        sample(model, xi, u, xt=known[None], on_step=frames.append, **settings)
-    return [frame[0].cpu() for frame in frames]
 
 
 # -----------------------------------------------------------------------------
@@ -270,14 +256,14 @@ def teacher_nll(x, teacher):
 def teacher_features(x, teacher):
     """Mean hidden state of each half of texts x (N, T) under our own AR model, (N, 2 C) float32.
 
-    The last hidden state alone knows the last few tokens. A text that repeats its first half looks
-    real to it; here its two halves are too much alike.
+    The last hidden state alone could not tell repeated text from real text (docs/results.md, LM1B).
+    Here the two halves of repeated text are too much alike.
     """
     features = []
     for rows in x.split(256):
         ids = torch.cat([torch.full_like(rows[:, :1], teacher.bos_id), rows], dim=1)
         h = teacher.net(teacher.net.embed(ids))[:, 1:].float()  # (b, T, C): has read each token
-        halves = h.tensor_split(2, dim=1) if x.size(1) > 1 else (h, h)
+        halves = h.tensor_split(2, dim=1)
         features.append(torch.cat([half.mean(dim=1) for half in halves], dim=1).cpu())
     return torch.cat(features).numpy()
 
@@ -516,8 +502,8 @@ def evaluate(paths, args, cfg):
 
 
 def at_entropy(curve, column, entropy):
-    """(score, standard error) of a curve, rows of rising entropy, between the two rows around this
-    entropy; of gen_ppl, its logarithm. None where no row has less, or more, entropy."""
+    """(score, standard error) of a curve at this entropy, linear between its two nearest rows. The
+    rows stand by rising entropy. Of gen_ppl it is the logarithm. None beyond the curve's ends."""
     known = [row for row in curve if column in row]
     entropies = [row["entropy"] for row in known]
     if not known or not entropies[0] <= entropy <= entropies[-1]:
@@ -545,13 +531,17 @@ def at_equal_entropy(rows):
               for key, curve in curves.items() if len(curve) > 1}
     result = []
     for (key, first), (other_key, second) in itertools.combinations(sorted(curves.items()), 2):
-        if key[0] != other_key[0]:
+        (nfe, model), (other_nfe, other) = key, other_key
+        if nfe != other_nfe:
             continue
-        at = {"model": key[1], "against": other_key[1], "nfe": key[0],
-              "entropy": min(first[-1]["entropy"], second[-1]["entropy"])}
+        entropy = min(first[-1]["entropy"], second[-1]["entropy"])
+        if max(first[0]["entropy"], second[0]["entropy"]) > entropy:
+            print(f"nfe {nfe}: {model} and {other} have no entropy in common")
+            continue
+        at = {"model": model, "against": other, "nfe": nfe, "entropy": entropy}
         for column, is_less_better in LESS_IS_BETTER.items():
-            ours = at_entropy(first, column, at["entropy"])
-            theirs = at_entropy(second, column, at["entropy"])
+            ours = at_entropy(first, column, entropy)
+            theirs = at_entropy(second, column, entropy)
             if ours is None or theirs is None:
                 continue
             better = theirs[0] - ours[0] if is_less_better else ours[0] - theirs[0]
@@ -559,10 +549,7 @@ def at_equal_entropy(rows):
             at[column + "_z"] = better / error if error else 0.0
             for number, (score, _) in enumerate((ours, theirs), 1):
                 at[f"{column}_{number}"] = math.exp(score) if column == "gen_ppl" else score
-        if len(at) > 4:
-            result.append(at)
-        else:
-            print(f"nfe {key[0]}: {key[1]} and {other_key[1]} have no entropy in common")
+        result.append(at)
     return result
 
 
@@ -594,6 +581,194 @@ def print_fooled(rows):
                 if sign * (rows[0][column] - row[column]) > 2 * error:
                     print(f"fooled: {column} is {row[column]:.4g} for {row['model']!r}, and "
                           f"{rows[0][column]:.4g} for real text")
+
+
+# -----------------------------------------------------------------------------
+# Films: how texts unmask, in the terminal or as a moving picture
+LABELS = {"mdlm": "MDLM", "bd3lm": "BD3-LM", "gumbel": "paper's map",
+          "gumbel-draft": "ours (drafts)", "teacher": "AR teacher"}
+WIDTH = 76                          # letters of a line of text
+# Colours that the colour-blind can tell apart, too (Okabe and Ito).
+RED, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#999999"
+
+
+@torch.no_grad()
+def film(model, number, seed, known, **settings):
+    """Text `number` of generate, step by step: a list of frames (T,). A frame has token ids, and
+    mask_id where nothing stands yet. The first frame has the known tokens only."""
+    steps = [known[None]]                                       # (1, T) each
+    xi, u = sequence_noise(seed, torch.tensor([number]), len(known), model)
+    if isinstance(model, Teacher):
+        text = serial_extraction(model, settings["tau"] * xi, known[None])
+        place = torch.arange(len(known), device=known.device)
+        steps += [torch.where(place <= i, text, known) for i in range(len(known))]
+    else:
+        sample(model, xi, u, xt=known[None], on_step=steps.append, **settings)
+    return [frame[0].cpu() for frame in steps]
+
+
+def frames(films):
+    """Frame after frame, of each film: (number, frame, frame before). A short film waits."""
+    for number in range(max(map(len, films))):
+        shown = []
+        for film in films:
+            k = min(number, len(film) - 1)
+            shown.append((k, film[k], film[max(0, k - 1)]))
+        yield shown
+
+
+def lines_of(frame, before, tokenizer, width):
+    """A frame as lines of at most `width` letters. A line is a list of (piece, kind). The kind is
+    "masked", "new" or "old". A line break of the text is shown as an arrow."""
+    lines, column = [[]], 0
+    for i, id_before in zip(frame.tolist(), before.tolist()):
+        kind = "old" if i == id_before else "new"
+        if i == tokenizer.vocab_size:
+            kind = "masked"
+        piece = "_" if kind == "masked" else tokenizer.decode([i]).replace("\n", "\u21b5")
+        piece += tokenizer.sep
+        if column + len(piece) > width:
+            lines.append([])
+            column = 0
+        lines[-1].append((piece, kind))
+        column += len(piece)
+    return lines
+
+
+def panels(shown, names, tokenizer, is_maze, is_colour):
+    """The lines of one frame of all films: mazes side by side, texts one below the other."""
+    blocks = []
+    for name, (number, frame, before) in zip(names, shown):
+        block = [f"{LABELS.get(name, name)}, step {number}"]
+        if is_maze:
+            block += draw_maze(frame[frame != tokenizer.vocab_size]).split("\n")
+        else:
+            colour = {"new": "\033[32m{}\033[0m"} if is_colour else {}
+            for line in lines_of(frame, before, tokenizer, WIDTH):
+                block.append("".join(colour.get(kind, "{}").format(piece) for piece, kind in line))
+            block.append("")
+        blocks.append(block)
+    if is_maze:
+        return ["   ".join(line.ljust(len(MAZE[0])) for line in row) for row in zip(*blocks)]
+    return sum(blocks, [])
+
+
+def play(films, names, tokenizer, is_maze, pause=0.8):
+    """Print films. On a terminal each frame takes the place of the last, if it fits; elsewhere the
+    frames stand one below the other."""
+    is_terminal = sys.stdout.isatty()
+    columns, rows = shutil.get_terminal_size()
+    n_lines = 0                                                 # of the frame on the screen
+    for shown in frames(films):
+        lines = panels(shown, names, tokenizer, is_maze, is_terminal)
+        width = len(names) * (len(MAZE[0]) + 3) if is_maze else WIDTH
+        fits = len(lines) < rows and width <= columns
+        if n_lines:
+            time.sleep(pause)
+            print(f"\033[{n_lines}A\033[J", end="")             # up, and clear what is below
+        n_lines = len(lines) if is_terminal and fits else 0
+        print("\n".join(lines), flush=True)
+    print()
+
+
+def draw_walls(axis, title=""):
+    """The walls of the maze, with S at the start and G at the goal."""
+    n = MAZE_SIZE
+    for row, line in enumerate(MAZE):
+        y = row // 2
+        for col in range(n + 1):
+            if line[4 * col] == "|":
+                axis.plot([col, col], [y, y + 1], color="black", lw=2)
+        for col in range(n):
+            if line[4 * col + 1] == "-":
+                axis.plot([col, col + 1], [y, y], color="black", lw=2)
+    axis.text(0.1, 0.38, "S", fontsize=8)
+    axis.text(n - 0.4, n - 0.1, "G", fontsize=8)
+    axis.set(xlim=(-0.1, n + 0.1), ylim=(n + 0.1, -0.1), aspect="equal")
+    axis.set_title(title, fontsize=10)
+    axis.axis("off")
+
+
+def allowed_moves():
+    """All moves (from, to) of the shortest paths, as a set of pairs of cells."""
+    moves = set()
+    for path in maze_paths():
+        moves.update(zip([0, *path], path))
+    return moves
+
+
+def draw(path, axis, title=""):
+    """Draw a path (10,) of cells. Masked cells are left out.
+
+    A move that no shortest path makes is red and dotted.
+    """
+    draw_walls(axis, title)
+    moves, mask_id = allowed_moves(), MAZE_SIZE**2
+    cells = [0] + [int(cell) for cell in path]
+    x = [cell % MAZE_SIZE + 0.5 for cell in cells]
+    y = [cell // MAZE_SIZE + 0.5 for cell in cells]
+    for i in range(len(cells) - 1):
+        move = (cells[i], cells[i + 1])
+        if mask_id in move:
+            continue
+        style = dict(color=RED, lw=2, ls=":")
+        if move in moves:
+            style = dict(color=BLUE, lw=3)
+        axis.plot(x[i:i + 2], y[i:i + 2], solid_capstyle="round", **style)
+    for i, cell in enumerate(cells):
+        if cell != mask_id:
+            axis.plot(x[i], y[i], "o", color="black", ms=4)
+
+
+def draw_text(lines, axis, title, width, n_lines):
+    """Lines of (piece, kind), on a grid for n_lines of `width` letters."""
+    colours = {"masked": GREY, "new": GREEN, "old": "black"}
+    axis.set(xlim=(0, width), ylim=(n_lines + 0.5, -0.5))
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.axis("off")
+    for y, line in enumerate(lines):
+        x = 0
+        for piece, kind in line:
+            axis.text(x, y, piece, color=colours[kind], family="monospace", fontsize=11, va="top",
+                      parse_math=False)
+            x += len(piece)
+
+
+def write_gif(texts, names, tokenizer, is_maze, path, width=WIDTH):
+    """An animated GIF that shows the films (one a model) of each of the texts, again and again.
+
+    A frame stands for 0.7 seconds, the last one of a text three times as long. Needs matplotlib.
+    """
+    try:
+        import matplotlib.pyplot as plt
+        from matplotlib.animation import PillowWriter
+    except ImportError as e:
+        raise UserError(f"--gif {path}: needs matplotlib; pip install matplotlib") from e
+    plt.switch_backend("Agg")
+    n = len(names)
+    last_frames = [film[-1] for films in texts for film in films]
+    n_lines = max(len(lines_of(frame, frame, tokenizer, width)) for frame in last_frames)
+    n_rows, n_columns, size = n, 1, (0.096 * width, n * (0.5 + 0.2 * n_lines))
+    if is_maze:  # side by side
+        n_rows, n_columns, size = 1, n, (2.6 * n, 3.0)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False,
+                                layout="constrained")
+    writer = PillowWriter(fps=1 / 0.7)
+    with writer.saving(figure, path, dpi=100):
+        for films in texts:
+            for shown in frames(films):
+                for axis, name, (number, frame, before) in zip(axes.flat, names, shown):
+                    axis.clear()
+                    title = f"{LABELS.get(name, name)}, step {number}"
+                    if is_maze:
+                        draw(frame, axis, title)
+                    else:
+                        lines = lines_of(frame, before, tokenizer, width)
+                        draw_text(lines, axis, title, width, n_lines)
+                writer.grab_frame()
+            for _ in range(2):
+                writer.grab_frame()
+    plt.close(figure)
 
 
 # -----------------------------------------------------------------------------
@@ -633,8 +808,7 @@ def check(args, cfg, model, path, known):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", nargs="+", help="checkpoints (the newest student under out/)")
-    parser.add_argument("-n", type=int, help="number of texts (4; with --animate 1, with --eval "
-                        "1000)")
+    parser.add_argument("-n", type=int, help="number of texts (4; with --eval 1000)")
     parser.add_argument("--length", type=int, help="tokens of a text (the model's seq_len); "
                         "students in blocks may write longer ones")
     parser.add_argument("--prompt", default="", help="text to begin with; each _ is one token to "
@@ -645,8 +819,7 @@ def main():
                         "what the teacher alone would write, in fewer calls")
     parser.add_argument("--animate", action="store_true", help="show how a text unmasks, step by "
                         "step; by several checkpoints from the same noise")
-    parser.add_argument("--gif", metavar="FILE", help="the same of 4 texts, or -n, as a moving "
-                        "picture in this file")
+    parser.add_argument("--gif", metavar="FILE", help="the same as a moving picture in this file")
     parser.add_argument("--out", help="write the texts to this file, one JSON object a line")
     parser.add_argument("--eval", action="store_true", help="judge the checkpoints, in a table")
     parser.add_argument("--floors", action="store_true", help="with --eval: also judge texts that "
@@ -664,7 +837,7 @@ def main():
         given[name] = given[name] or getattr(saved["config"], name)
     n = args.n
     if n is None:
-        n = 1000 if args.eval else 1 if args.animate else 4
+        n = 1000 if args.eval else 4
     cfg = resolve(dataclasses.replace(saved["config"], grad_accum=1, n_samples=n, **given))
     if args.eval:
         if (args.prompt or args.apd is not None or args.animate or args.gif or args.out

@@ -19,9 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "notebooks" / "figures"
 sys.path.insert(0, str(ROOT))
-from animate import BLUE, GREEN, GREY, LABELS, RED, draw, draw_walls  # noqa: E402
 import data  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
+from sample import BLUE, GREEN, GREY, LABELS, RED, draw, draw_walls  # noqa: E402
 
 STYLE = {  # colour, marker and label of each model in all pictures
     "mdlm": (RED, "s", LABELS["mdlm"]),

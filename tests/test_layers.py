@@ -10,8 +10,7 @@ from conftest import ROOT
 BELOW = {  # the files of this program that each file may import
     "data": set(),
     "gumbel_distill": {"data"},
-    "animate": {"data"},
-    "sample": {"data", "gumbel_distill", "animate"},
+    "sample": {"data", "gumbel_distill"},
     "ablation": {"data", "gumbel_distill", "sample"},
     "train_teacher": {"data", "gumbel_distill"},
 }

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import animate
 import data
 import gumbel_distill as gd
 import sample
@@ -163,7 +162,6 @@ def test_features_tell_the_halves_of_a_text_apart():
     halves, _ = sample.energy_distance(other, b)
     whole, _ = sample.energy_distance(*(f.reshape(250, 2, -1).mean(axis=1) for f in (other, b)))
     assert abs(same) < 4 * error and halves > 10 * max(whole, error)
-    assert sample.teacher_features(x[:3, :1], teacher).shape == (3, 2 * cfg.n_embd)
 
 
 def test_degenerate_features_get_no_mauve():
@@ -431,7 +429,8 @@ def test_a_text_is_shown_as_it_unmasks(maze_run, cli, tmp_path):
             assert after[before != 36].equal(before[before != 36])
         assert film[-1].equal(gd.generate(model, 5, 10, 0, known, **settings)[4])
     status, said, err = cli(sample.main, "--ckpt", folder / "mdlm.pt", folder / "gumbel.pt",
-                            "--nfe", 3, "--order", "left", "--animate", "--prompt", "b1 __ e1")
+                            "--nfe", 3, "--order", "left", "--animate", "--prompt", "b1 __ e1", "-n",
+                            1)
     assert status == 0 and said.count("MDLM, step") == said.count("paper's map, step") == 4, err
     assert [said.count(f", step {k}") for k in (0, 1, 2, 3)] == [2] * 4
     frames = said.split("MDLM, step ")[1:]
@@ -442,12 +441,12 @@ def test_a_text_is_shown_as_it_unmasks(maze_run, cli, tmp_path):
 def test_running_text_is_wrapped_and_what_is_new_is_marked(monkeypatch, capsys):
     words = gd.Tokenizer(list("abc\n"))
     frame, before = torch.tensor([0, 1, 3, 4, 2]), torch.tensor([0, 4, 3, 4, 4])
-    lines = animate.lines_of(frame, before, words, width=3)
+    lines = sample.lines_of(frame, before, words, width=3)
     assert lines == [[("a", "old"), ("b", "new"), ("\u21b5", "old")],
                      [("_", "masked"), ("c", "new")]]
-    monkeypatch.setattr(animate.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sample.sys.stdout, "isatty", lambda: True, raising=False)
     films = [[torch.full((5,), 4), frame], [torch.full((5,), 4), frame, frame]]
-    animate.play(films, ["mdlm", "gumbel"], words, is_maze=False, pause=0)
+    sample.play(films, ["mdlm", "gumbel"], words, is_maze=False, pause=0)
     said = capsys.readouterr().out
     assert said.count("\033[6A\033[J") == 2                     # two frames overwrite the last one
     assert said.count("\033[32mc\033[0m") == 3                  # green where it is new
@@ -467,7 +466,7 @@ def test_a_moving_picture_has_the_frames_of_the_film(maze_run, cli, tmp_path, mo
     words = gd.Tokenizer(["$$", "a"])                           # no formula of matplotlib
     monkeypatch.undo()
     films = [[torch.full((60,), 2), torch.zeros(60, dtype=torch.long)]]
-    animate.write_gif([films], ["mdlm"], words, False, str(tmp_path / "text.gif"))
+    sample.write_gif([films], ["mdlm"], words, False, str(tmp_path / "text.gif"))
     picture = image.open(tmp_path / "text.gif")
     milliseconds = 0
     for number in range(picture.n_frames):
