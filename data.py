@@ -14,33 +14,13 @@ import json
 import os
 import random
 import re
-import sys
 
 import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-
-class UserError(Exception):
-    """Something the user can mend; the message names the value and the cure."""
-
-
-def run_cli(main):
-    """Call main(); what a user can mend becomes one line on stderr, without a traceback."""
-    try:
-        main()
-    except (UserError, OSError) as e:  # OSError: a full disk, a folder of somebody else
-        sys.exit(f"error: {e}")
-    except (MemoryError, RuntimeError) as e:  # on a CPU torch raises a bare RuntimeError
-        types = MemoryError, torch.OutOfMemoryError
-        if not isinstance(e, types) and "DefaultCPUAllocator" not in str(e):
-            raise
-        sys.exit("error: out of memory: lower --batch-size, or split the batch into more pieces "
-                 f"with --grad-accum ({e!r:.99})")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+from config import PRESETS, UserError
 
 
 class Tokenizer:
@@ -120,23 +100,6 @@ class Data:
         return torch.from_numpy(tokens).view(n, self.seq_len)
 
 
-# The settings that a run takes by default, for each dataset: flags of gumbel_distill.py.
-SMALL = dict(n_layer=4, n_head=2, n_embd=64, dropout=0.0, batch_size=64, grad_accum=1, lr=3e-3,
-             warmup=100, schedule="cosine", ema=0.999, eval_every=500)
-WEB = dict(tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, grad_accum=8, lr=3e-4,
-           warmup=2500, schedule="constant", ema=0.9999, eval_every=1000, max_steps=20_000)
-PRESETS = {
-    "maze": dict(SMALL, seq_len=10, max_steps=2000, nfe=[1, 3, 10], n_samples=3000),
-    "cities": dict(SMALL, seq_len=19, lr=2e-3, max_steps=4000, nfe=[1, 2, 4, 19], n_samples=1000),
-    "text": dict(SMALL, tokenizer="char", seq_len=64, n_head=4, n_embd=128, batch_size=32, lr=2e-3,
-                 max_steps=1500, nfe=[1, 4, 16, 64], n_samples=200),
-    "tinystories": dict(SMALL, tokenizer="gpt2-1024", seq_len=64, n_head=4, n_embd=128,
-                        batch_size=32, lr=2e-3, max_steps=4000, nfe=[1, 4, 16, 64], n_samples=200),
-    "lm1b": dict(WEB, seq_len=128, batch_size=256, nfe=[1, 4, 16, 32, 128], n_samples=256),
-    "owt": dict(WEB, seq_len=1024, batch_size=32, nfe=[16, 128, 512], n_samples=32),
-}
-
-
 def load_data(cfg):
     """The Data of cfg.dataset; UserError for flags that do not go with it."""
     if cfg.dataset not in GENERATED:
@@ -189,30 +152,6 @@ def token_entropy(x):
         share = row.unique(return_counts=True)[1] / len(row)
         total += torch.special.entr(share).sum().item()
     return total / len(x)
-
-
-# The columns of the tables and their formats. docs/results.md says what each means.
-COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "valid": ".1%", "distinct": "d",
-           "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
-           "agree_token": ".3f", "agree_seq": ".3f", "accept": ".3f", "seconds": ".2f"}
-
-
-def print_table(rows, columns=COLUMNS):
-    """Rows (dicts) as aligned text, with those of the columns that any row has. Where a row has a
-    NAME_se, too, it stands behind NAME."""
-    names = [name for name in columns if any(name in row for row in rows)]
-    lines = [names]
-    for row in rows:
-        lines.append([])
-        for name in names:
-            cell = format(row[name], columns[name]) if name in row else ""
-            if name + "_se" in row:
-                cell += " ± " + format(row[name + "_se"], columns[name])
-            lines[-1].append(cell)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
 
 
 # -----------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Paper: Zhang, Hu, Liu and Liu, ICLR 2026, arXiv 2603.22216. Official code: hxixixh/gumbel-distill
 
-    python gumbel_distill.py                                           # a maze: two minutes
+    python gumbel_distill.py                                           # a maze: minutes on a CPU
     python gumbel_distill.py --dataset text --train-files input.txt    # your own text
     python gumbel_distill.py --dataset lm1b                            # LM1B, on one GPU
 
@@ -12,7 +12,7 @@ with Gumbel noise xi, so the noise determines the text. Show this noise to the p
 the student no longer has to learn a joint distribution. It learns a function from noise to text:
 
     1. mask each token of a text x0 with probability t                     q_sample
-    2. one pass of the teacher: how likely was each masked token?          Teacher
+    2. one pass of the teacher: how likely was every token, where masked?  Teacher
     3. draw the noise with which the teacher would have written x0         posterior_gumbel
     4. the student sees the unmasked tokens and the noise of the others    Student
     5. cross-entropy with the masked tokens, weighted by 1/t               student_loss
@@ -20,17 +20,17 @@ the student no longer has to learn a joint distribution. It learns a function fr
 
 Glossary (B = batch, T = seq_len, V = vocab_size, C = n_embd, M = number of masked tokens)
     x0, xt   (B, T) long   clean and masked token ids; [MASK] is the id mask_id = V
-    t        (B, T/L')     time in (0, 1] of each block of L' tokens: P(masked) = t, P(kept) =
-                           alpha_t = 1 - t. MDLM has one block, L' = T
+    t        (B, 1)        time in (0, 1]: P(masked) = t, P(kept) = alpha_t = 1 - t
     xi       (B, T, V)     Gumbel noise; xi[:, i] decides token i, given the tokens before it
     logp     (..., V)      logits normalised over V, in nats
-    nfe                    number of function evaluations = denoising steps of a text
+    nfe                    number of function evaluations: calls of the student for a text
     tau                    scale of xi in sampling; 1 as in training
+
+Sections 1 to 6 are the method, 7 adds block diffusion (BD3-LM), 8 to 10 train and compare.
 """
 
 import argparse
 import copy
-import dataclasses
 import datetime
 import hashlib
 import itertools
@@ -48,13 +48,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import PRESETS, Data, Tokenizer, UserError, load_data, load_pretrained
-from data import print_table, run_cli, token_entropy
+from config import RANK, WORLD, Config, UserError, add_flags, check_equal, load_checkpoint
+from config import print_table, resolve, run_cli, save_checkpoint, weights_id
+from data import Data, Tokenizer, load_data, load_pretrained, token_entropy
 
 
 # -----------------------------------------------------------------------------
-# 1. Transformer: causal for the teacher; bidirectional, or in blocks, for the student
-class Block(nn.Module):
+# 1. Transformer: causal for the teacher, bidirectional for the student
+class Layer(nn.Module):
     """Attention and MLP. The MLP has ReLU^2 (So et al. 2021) where the official code has GELU."""
 
     def __init__(self, n_embd, n_head, dropout):
@@ -99,17 +100,18 @@ def rotate(x, rope):
 
 
 class Transformer(nn.Module):
-    """Token embedding, blocks, final norm, output head. There are V outputs, but V + 1 input rows:
-    the last row is BOS for the teacher, [MASK] for a student."""
+    """Token embedding, layers, final norm, output head. There are V outputs, but V + 1 input rows.
+    The last row is [MASK] for a student, BOS for a teacher whose tokens have no BOS of their own.
+    """
 
     def __init__(self, cfg, vocab_size, causal):
         super().__init__()
         self.causal = causal
         self.head_size = cfg.n_embd // cfg.n_head
         self.embed = nn.Embedding(vocab_size + 1, cfg.n_embd)
-        self.blocks = nn.ModuleList()
+        self.layers = nn.ModuleList()
         for _ in range(cfg.n_layer):
-            self.blocks.append(Block(cfg.n_embd, cfg.n_head, cfg.dropout))
+            self.layers.append(Layer(cfg.n_embd, cfg.n_head, cfg.dropout))
         self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
         self.head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         for name, p in self.named_parameters():
@@ -122,21 +124,22 @@ class Transformer(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=std)
 
-    def forward(self, x, mask=None, pos=None, cache=None, between=None):
-        """Embeddings x (B, T, C) at positions pos (T,) -> hidden states (B, T, C).
-        mask     (T, S) bool, True where a position may look; None: causal or full attention
-        cache    KVCache of the tokens before x; a causal one takes one token at a time
-        between  function that changes the hidden states, called at each quarter of the layers
+    def forward(self, x, mask=None, pos=None, cache=None, add_drafts=None):
+        """Embeddings x (B, T, C) -> hidden states (B, T, C). `logits` turns them into logits.
+        mask        (T, S) bool, True where a position may look; None: causal or full attention
+        pos         (T,) long, the positions of x; None: those that follow the cache
+        cache       KVCache of the tokens before x; with a causal one x has one token
+        add_drafts  function of hidden states, called at each quarter of the layers (our student)
         """
         T, start = x.size(1), cache.start if cache else 0
         if pos is None:
             pos = torch.arange(start, start + T, device=x.device)
         rope = rotary(pos, self.head_size, x.dtype)
-        n_layer = len(self.blocks)
-        for i, block in enumerate(self.blocks):
-            if between and i in (n_layer // 4, n_layer // 2, n_layer * 3 // 4):
-                x = between(x)
-            x = block(x, rope, mask, self.causal and T > 1, cache)
+        n_layer = len(self.layers)
+        for i, layer in enumerate(self.layers):
+            if add_drafts and i in (n_layer // 4, n_layer // 2, n_layer * 3 // 4):
+                x = add_drafts(x)
+            x = layer(x, rope, mask, self.causal and T > 1, cache)
         return self.norm(x)
 
     def logits(self, h):
@@ -146,17 +149,17 @@ class Transformer(nn.Module):
 
 
 class KVCache:
-    """Keys and values of each Block. The first `start` tokens are final, the caller counts them."""
+    """Keys and values of each Layer. The first `start` tokens are final, the caller counts them."""
 
     def __init__(self):
         self.start, self.kv = 0, {}
 
-    def extend(self, block, k, v):
+    def extend(self, layer, k, v):
         """Keys and values (2, B, nh, start + T, hs): those of the final tokens and of T others."""
         kv = torch.stack([k, v])                                # (2, B, nh, T, hs)
         if self.start > 0:
-            kv = torch.cat([self.kv[block][:, :, :, :self.start], kv], dim=3)
-        self.kv[block] = kv
+            kv = torch.cat([self.kv[layer][:, :, :, :self.start], kv], dim=3)
+        self.kv[layer] = kv
         return kv
 
 
@@ -179,7 +182,8 @@ class Teacher(nn.Module):
         return self.net(self.net.embed(x))
 
     def forward(self, x0, is_masked=None):
-        """logp of the tokens of x0 (B, T), given those before: (B, T, V); of the masked: (M, V)."""
+        """logp (B, T, V) of every token at each position of x0 (B, T), given the tokens before it.
+        With is_masked (B, T) bool: at the masked positions only, row by row, (M, V)."""
         h = self.hidden(x0)                                     # (B, T, C)
         if is_masked is not None:
             h = h[is_masked]                                    # (M, C)
@@ -187,6 +191,10 @@ class Teacher(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             h = h.to(self.net.head.weight.dtype)
             return self.net.logits(h).log_softmax(dim=-1)
+
+    def write(self, xi, u=None, xt=None, tau=1.0):
+        """The texts (B, T) of serial_extraction, with the noise scaled by tau. u is not read."""
+        return serial_extraction(self, tau * xi, xt)
 
 
 def teacher_loss(teacher, x0, *_):
@@ -204,13 +212,16 @@ def rng(*key, device="cpu"):
 
 
 def sample_exponential(shape, generator, dtype=torch.float32):
-    """E = -log(1 - u) ~ Exp(1), never 0 or infinite. u = (n + 1/2) / 2^31 with 31 random bits n
-    stays precise near 0, where xi = -log E is large: it reaches 22, with torch.rand only 16.6."""
+    """E = -log(1 - u) ~ Exp(1), never 0 or infinite, with u = (n + 1/2) / 2^31 from 31 random bits.
+
+    Small E matter: there xi = -log E is large. u is precise near 0, so that xi reaches 22. With
+    torch.rand in float32 it ends at 16.6. torch's exponential_ takes longer on a CPU.
+    """
     bits = torch.empty(shape, dtype=torch.int32, device=generator.device)
     bits.random_(generator=generator)
     E = bits.to(dtype)              # in place from here: memory limits the speed of large noise
     E += 0.5
-    E *= -(1 - 2**-24) / 2**31      # -u, above -1 when rounded to float32, too
+    E *= -(1 - 2**-24) / 2**31      # -u; the factor keeps a u that is rounded up below 1
     E.log1p_()
     return E.neg_()
 
@@ -245,7 +256,7 @@ def posterior_gumbel(logp, x0, generator):
 def serial_extraction(teacher, xi, xt=None):
     """Serial extraction: sample the teacher with recorded noise, x_i = argmax(logp_i + xi_i).
     Fresh xi (B, T, V) gives an exact sample x0 (B, T), tau * xi one at temperature tau. Known
-    tokens of xt (B, T) are kept, it is V elsewhere. Takes T cached passes.
+    tokens of xt (B, T) are kept; xt is V elsewhere. Takes T cached passes.
     """
     B, T, V = xi.shape
     net = teacher.net
@@ -266,31 +277,25 @@ def serial_extraction(teacher, xi, xt=None):
 
 # -----------------------------------------------------------------------------
 # 4. Student: a masked diffusion model that is shown the noise
-STUDENTS = ["mdlm", "bd3lm", "gumbel", "gumbel-draft", "gaussian", "gaussian-draft", "uniform",
-            "uniform-draft", "independent", "independent-draft"]
 DRAFT_TOKENS = 8                    # a draft mixes the embeddings of that many tokens
 
 
 class Student(nn.Module):
-    """Masked diffusion model. Its name says which noise it reads at the masked tokens, and how.
-    mdlm, bd3lm   no noise. MDLM (Sahoo et al. 2024) has one block. BD3-LM (Arriola et al. 2025) is
-                  autoregressive over blocks, with masked diffusion in each
+    """Masked diffusion model (MDLM, Sahoo et al. 2024). Its name says how it reads the noise:
+    mdlm          not at all
     gumbel        the paper's noise injection: W softmax(xi) replaces the embedding of [MASK]
     gumbel-draft  ours: at each quarter of the layers the student drafts the tokens that Gumbel-Max
                   would draw from its own logits; the layers above see them and make them agree
-    gaussian, uniform: the same noise through its CDF;  independent: a control, knows no text
     SUBS holds by construction: [MASK] is no output, and only masked positions get logits.
+    Official code: models/dit.py, with the noise in its vocab_embed.   Test: tests/test_models.py
     """
 
     def __init__(self, cfg, name, vocab_size):
         super().__init__()
-        if name not in STUDENTS:
-            raise ValueError(f"student {name!r}: choose from {STUDENTS}")
         self.name = name
         self.vocab_size = self.mask_id = vocab_size
-        self.seq_len = cfg.seq_len
-        self.block_size = cfg.block_size
-        self.noise = None if name in ("mdlm", "bd3lm") else name.removesuffix("-draft")
+        self.seq_len = self.block_size = cfg.seq_len
+        self.reads_noise = name not in ("mdlm", "bd3lm")
         self.is_draft = name.endswith("-draft")
         self.net = Transformer(cfg, vocab_size, causal=False)
         # Rotary positions are relative: where all is masked, every position looks alike. The
@@ -299,56 +304,53 @@ class Student(nn.Module):
         nn.init.normal_(self.embed_pos.weight, std=0.02)
         if self.is_draft:
             self.scale = nn.Parameter(torch.ones(()))           # s
-        elif self.noise:
+        elif self.reads_noise:
             self.embed_noise = nn.Parameter(torch.empty(vocab_size, cfg.n_embd))    # W
             nn.init.uniform_(self.embed_noise, -vocab_size**-0.5, vocab_size**-0.5)
 
-    def forward(self, xt, xi=None, x0=None, cache=None):
+    def forward(self, xt, xi=None, x0=None):
         """Logits at the masked positions of xt (B, T), row by row: (M, V).
-        xi     (M, V) Gumbel noise of these positions, in the same order
-        x0     (B, T) clean text, in training: each block of xt sees the blocks of x0 before it
-        cache  KVCache of the blocks before xt
+        xi  (M, V) Gumbel noise of these positions, in the same order
+        x0  is not read here. In section 7 a block of xt reads the blocks of x0 before it
         """
-        T = xt.size(1)
-        start = cache.start if cache else 0
-        pos = torch.arange(start, start + T, device=xt.device)
-        mask = None
-        if x0 is not None and self.block_size < self.seq_len:
-            xt = torch.cat([xt, x0], dim=1)                     # (B, 2T)
-            pos = pos.repeat(2)
-            mask = block_mask(T, self.block_size, xt.device)
-        is_masked = xt == self.mask_id                          # (B, T or 2T), M of them True
-        x = self.net.embed(xt)                                  # (B, T or 2T, C)
-        between = None
-        if self.noise and xi is not None:
-            z = change_noise(xi, self.noise)                    # (M, V)
-            if self.is_draft:
-                between = partial(self.add_drafts, is_masked=is_masked, z=z)
-            else:
-                x = put(x, is_masked, z.softmax(dim=-1) @ self.embed_noise)
-        h = self.net(x + self.embed_pos(pos), mask, pos, cache, between)
+        return self.logits(xt, xi, torch.arange(xt.size(1), device=xt.device))
+
+    def logits(self, xt, xi, pos, mask=None, cache=None):
+        """The same, at positions pos (T,) and with the mask and cache of Transformer."""
+        is_masked = xt == self.mask_id                          # (B, T), M of them True
+        x = self.net.embed(xt)                                  # (B, T, C)
+        add_drafts = None
+        if self.is_draft and xi is not None:
+            add_drafts = partial(self.add_drafts, is_masked=is_masked, xi=xi)
+        elif self.reads_noise and xi is not None:
+            x = put(x, is_masked, xi.softmax(dim=-1) @ self.embed_noise)
+        h = self.net(x + self.embed_pos(pos), mask, pos, cache, add_drafts)
         return self.net.logits(h[is_masked])
 
-    def add_drafts(self, h, is_masked, z):
-        """Hidden states h (B, T, C) plus, where masked, a draft: E softmax(s (logits + z)) over the
-        best tokens alone, with the student's own logits and the noise z (M, V). It is a soft form
-        of the token argmax(logits + z)."""
+    def add_drafts(self, h, is_masked, xi):
+        """Hidden states h (B, T, C) plus, where masked, a draft: E softmax(s (logits + xi)) over
+        the best tokens alone, with the student's own logits and the noise xi (M, V). It is a soft
+        form of the token argmax(logits + xi). The logits are those of a logit lens: the final norm
+        and the output layer read an inner layer."""
         net = self.net
         k = min(DRAFT_TOKENS, self.vocab_size)
         h_masked = net.norm(h[is_masked])                       # (M, C)
         # all logits, without gradient, to choose; then those of the k best again, with it
-        score = F.linear(h_masked.detach(), net.head.weight.detach()) + z  # (M, V)
+        score = F.linear(h_masked.detach(), net.head.weight.detach()) + xi  # (M, V)
         best = score.topk(k, dim=-1).indices                    # (M, k)
         logits = torch.einsum("mkc,mc->mk", F.embedding(best, net.head.weight), h_masked)
-        score = logits + z.gather(-1, best)                     # (M, k)
+        score = logits + xi.gather(-1, best)                    # (M, k)
         weight = (self.scale * score).softmax(dim=-1)
         draft = torch.einsum("mk,mkc->mc", weight, F.embedding(best, net.embed.weight))
         return h + put(torch.zeros_like(h), is_masked, draft)
 
-    def nfe_of_text(self, nfe):
-        """Function evaluations of a whole text: nfe for each block, but at most one a token."""
-        n_blocks = self.seq_len // self.block_size
-        return min(nfe, self.block_size) * n_blocks
+    def possible_nfe(self, nfe):
+        """The number of function evaluations nearest to nfe: one a token is enough."""
+        return min(nfe, self.seq_len)
+
+    def write(self, xi, u, xt=None, **settings):
+        """Texts (B, T) long from the noise, by `sample`."""
+        return sample(self, xi, u, xt=xt, **settings)
 
 
 def put(x, is_masked, embeddings):
@@ -356,37 +358,16 @@ def put(x, is_masked, embeddings):
     return x.masked_scatter(is_masked[..., None], embeddings.to(x.dtype))
 
 
-def change_noise(xi, noise):
-    """Gumbel noise as it is or, sent through its CDF, as "uniform" U(0,1) or "gaussian" N(0,1)."""
-    if noise not in ("uniform", "gaussian"):
-        return xi
-    z = torch.exp(-torch.exp(-xi.double()))                     # the CDF; float64 resolves its ends
-    if noise == "gaussian":
-        z = torch.special.ndtri(z.clamp(1e-300, 1 - 1e-16))
-    return z.to(xi.dtype)
-
-
-def block_mask(seq_len, block_size, device):
-    """BD3-LM's training mask over xt and then x0: (2T, 2T) bool, True where a row sees a column.
-    A block of xt sees itself and the earlier blocks of x0. A block of x0 sees x0 up to itself."""
-    i = torch.arange(2 * seq_len, device=device)
-    block = i % seq_len // block_size
-    is_xt = i < seq_len
-    same_block = block[:, None] == block
-    same_copy = is_xt[:, None] == is_xt
-    x0_before = (block[:, None] > block) & ~is_xt
-    return (same_block & same_copy) | x0_before
-
-
 # -----------------------------------------------------------------------------
 # 5. Loss: masked diffusion with alpha_t = 1 - t, weight 1/t
 T_MIN = 1e-3                        # smallest time: the weight 1/t stays bounded
 
 
-def stratified_times(u):
-    """Times (B, n), one in each of B n equal parts of [T_MIN, 1]; u (B, n) in [0, 1) says where."""
+def stratified_times(u, t_min=T_MIN):
+    """Times (B, n), one in each of B n equal parts of [t_min, 1]; u (B, n) in [0, 1) says where.
+    (The official code calls them antithetic.)"""
     part = torch.arange(u.numel(), device=u.device).view(u.shape)
-    return T_MIN + (1 - T_MIN) * (part + u) / u.numel()
+    return t_min + (1 - t_min) * (part + u) / u.numel()
 
 
 def q_sample(x0, t, mask_id, generator):
@@ -395,34 +376,30 @@ def q_sample(x0, t, mask_id, generator):
     return torch.where(u < t, mask_id, x0)
 
 
-def student_loss(student, teacher, x0, t, generator, xi=None, loss="ce"):
+def student_loss(student, teacher, x0, t, generator, xi=None):
     """- E [ 1/t sum over masked i of log p_theta(x0_i | xt, xi) ] / T, in nats per token.
 
     Without noise it is the MDLM objective or, in blocks, the BD3-LM objective: a bound on the
     negative log-likelihood (NELBO). With posterior noise it is no likelihood: the noise knows x0.
-    Args: x0 (B, T) long;  t (B, T/L') in (0, 1];  generator of the mask and of the noise
-          xi (B, T, V): recorded noise of x0 (serial extraction); None: posterior noise, drawn here
-          loss: "kd" is token-level KD, the teacher's p(. | x0[:i]) in place of x0_i
+    Args: teacher: of a student that reads posterior noise, drawn here; else None
+          x0 (B, T) long;  t (B, 1) in (0, 1], one time a text (one a block in section 7)
+          generator of the mask and of the noise
+          xi (B, T, V): recorded noise of x0 (serial extraction), in place of posterior noise
+    Official code: algo.py, the loss of MDLM and its Gumbel variant.   Test: tests/test_models.py
     """
     # 1. mask each token of x0 with probability t. All that is V wide is computed for these only
-    t = t.repeat_interleave(student.block_size, dim=1)          # (B, T)
+    t = t.repeat_interleave(x0.size(1) // t.size(1), dim=1)     # (B, T)
     xt = q_sample(x0, t, student.mask_id, generator)
     is_masked = xt == student.mask_id                           # M of them True
     target = x0[is_masked]                                      # (M,)
     with torch.no_grad():
-        # 2. one pass of the teacher: how likely was each masked token, given those before it?
-        is_posterior = student.noise not in (None, "independent") and xi is None
-        if is_posterior or loss == "kd":
+        if xi is not None:
+            xi = xi[is_masked]                                  # (M, V)
+        if teacher is not None:
+            # 2. one pass of the teacher: how likely was every token at each masked position?
             logp = teacher(x0, is_masked)                       # (M, V)
-        # 3. the noise with which the teacher would have written x0
-        if is_posterior:
+            # 3. the noise with which the teacher would have written x0
             xi = posterior_gumbel(logp, target, generator)      # (M, V)
-        elif student.noise == "independent":
-            xi = sample_gumbel((len(target), student.vocab_size), generator)
-        elif xi is not None:
-            xi = xi[is_masked]
-        if loss == "kd":
-            target = logp.exp()                                 # (M, V)
     # 4. the student sees the unmasked tokens, and the noise of the masked ones
     logits = student(xt, xi, x0)                                # (M, V)
     # 5. cross-entropy with the masked tokens, weighted by 1/t
@@ -444,6 +421,20 @@ def sequence_noise(seed, index, seq_len, model):
     return torch.stack(xi), torch.stack(u)
 
 
+def fill_steps(is_masked, u, steps, order):
+    """The step 1..steps that fills each masked token (B, T), from u (B, T) in [0, 1); elsewhere 0.
+    random         ancestral, as MDLM: a token is filled in the step in which time falls below its
+                   u. A step from time t to s fills a masked token with probability (t - s) / t
+    first-hitting  the same order, but the same number each step (Zheng et al. 2025)
+    """
+    if order == "random":
+        return is_masked * (steps * (1 - u)).ceil().clamp(min=1)
+    first = torch.where(is_masked, -u, math.inf).argsort(dim=1, stable=True)   # rank -> position
+    rank = first.argsort(dim=1)                                 # position -> rank
+    n = is_masked.sum(dim=1, keepdim=True).clamp(min=1)
+    return is_masked * (rank * steps // n + 1)
+
+
 def draw_tokens(logits, u, temperature, top_p):
     """Tokens (M,) from logits (M, V), at temperature 0 by argmax, else by inverse CDF at u (M,)."""
     if temperature == 0:
@@ -459,68 +450,38 @@ def draw_tokens(logits, u, temperature, top_p):
     return (cdf <= point).sum(dim=-1)
 
 
-def is_among_best(score, is_masked, n):
-    """The n (B,) masked positions of highest score (B, L), in each row: (B, L) bool."""
-    score = score.double().masked_fill(~is_masked, -math.inf)
-    best_first = score.argsort(dim=1, descending=True, stable=True)        # rank -> position
-    rank = best_first.argsort(dim=1)                                       # position -> rank
-    return is_masked & (rank < n[:, None])
+def denoise(predict, xt, xi, u, steps, tau=1.0, temperature=0.0, top_p=1.0, order="random",
+            on_step=None):
+    """Fill the masked tokens of xt (B, T), in place, in `steps` steps from time 1 to time 0.
+    predict: the student, a function of xt and of the noise (M, V) of its masked tokens
+    tau scales the noise xi (B, T, V); temperature and top_p: see draw_tokens; order: see fill_steps
+    on_step is called with the text after each step that fills a token
+    """
+    mask_id = xi.size(-1)
+    fill_step = fill_steps(xt == mask_id, u[:, 0], steps, order)           # (B, T)
+    for k in range(1, steps + 1):                               # time falls to 1 - k / steps
+        is_filled = fill_step == k
+        if not is_filled.any():
+            continue
+        is_masked = xt == mask_id
+        logits = predict(xt, tau * xi[is_masked])               # (M, V)
+        tokens = draw_tokens(logits, u[:, 1][is_masked], temperature, top_p)    # (M,)
+        xt[is_filled] = tokens[is_filled[is_masked]]            # of the M, those filled now
+        if on_step:
+            on_step(xt.clone())
 
 
 @torch.no_grad()
-def sample(student, xi, u, nfe, tau=1.0, temperature=0.0, top_p=1.0, order="random", xt=None,
-           on_step=None):
-    """Fill all masked tokens, from t = 1 to t = 0: at once or, with blocks, one after the other.
-    Each block takes nfe steps. A text longer than seq_len is written in a moving window.
-    order: random         ancestral, as MDLM: a token is filled when time falls below its u[:, 0].
-                          A step from time t to s fills a masked token with probability (t - s) / t
-           first-hitting  the same order, but the same number each step (Zheng et al. 2025)
-           confidence     the same number each step, the student's surest tokens first
-           left           the same number each step, from left to right
-    xi (B, T, V) and u (B, 2, T) come from sequence_noise. Known tokens of xt (B, T) are kept, it is
-    mask_id elsewhere. on_step is called with the text after each step. Returns: (B, T) long
+def sample(student, xi, u, nfe, xt=None, **settings):
+    """Write texts (B, T) long in nfe calls of the student, from the draws of sequence_noise.
+    Known tokens of xt (B, T) are kept; xt is mask_id elsewhere. settings: those of denoise.
+    Official code: the ancestral sampler of its diffusion.py, which draws at tau = 0.85 and
+    temperature 1 from a nucleus of 0.9. Its one xi, too, is kept over all steps.
     """
-    B, _, T = u.shape
-    L = student.block_size
-    mask_id = student.mask_id
-    text = torch.full((B, T), mask_id, device=u.device)
+    text = torch.full_like(xi[..., 0], student.mask_id, dtype=torch.long)
     if xt is not None:
         text = xt.clone()
-    cache = KVCache()
-    for start in range(0, T, L):
-        block = slice(start, start + L)
-        if cache.start + L > student.seq_len:  # the window is full: its second half begins another
-            cache = KVCache()
-            n_seen = student.seq_len // 2 // L * L
-            for i in range(start - n_seen, start, L):
-                student(text[:, i:i + L], cache=cache)
-                cache.start += L
-        xt = text[:, block]                                     # (B, L), a view of text
-        u_when = u[:, 0, block]                                 # (B, L)
-        u_what = u[:, 1, block]
-        n_start = (xt == mask_id).sum(dim=1)                    # (B,)
-        for k in range(1, nfe + 1):                             # time falls to 1 - k / nfe
-            is_masked = xt == mask_id
-            n_fill = is_masked.sum(dim=1) - n_start * (nfe - k) // nfe     # (B,)
-            if order == "random":
-                n_fill = (is_masked & (u_when >= 1 - k / nfe)).sum(dim=1)
-            if not n_fill.any():
-                continue
-            logits = student(xt, tau * xi[:, block][is_masked], cache=cache)         # (M, V)
-            tokens = draw_tokens(logits, u_what[is_masked], temperature, top_p)      # (M,)
-            score = u_when
-            if order == "left":
-                score = torch.arange(L, 0, -1, device=u.device)[:xt.size(1)].expand_as(xt)
-            if order == "confidence":
-                surest = logits.double().softmax(dim=-1).amax(dim=-1)
-                score = u_when.masked_scatter(is_masked, surest)
-            is_filled = is_among_best(score, is_masked, n_fill)
-            xt[is_filled] = xt.masked_scatter(is_masked, tokens)[is_filled]
-            if on_step:
-                on_step(text.clone())
-        if start + L < T:  # the block is final: read it once more, into the cache
-            student(xt, cache=cache)
-            cache.start += L
+    denoise(student, text, xi, u, nfe, **settings)
     return text
 
 
@@ -539,146 +500,85 @@ def generate(model, n, seq_len, seed=0, known=None, batch_size=1000, progress=No
     for index in tqdm(batches, desc=progress, disable=None if progress else True):
         xi, u = sequence_noise(seed, index, seq_len, model)
         xt = None if known is None else known.expand(len(index), seq_len)
-        if isinstance(model, Teacher):
-            texts.append(serial_extraction(model, settings.get("tau", 1.0) * xi, xt))
-        else:
-            texts.append(sample(model, xi, u, xt=xt, **settings))
+        texts.append(model.write(xi, u, xt=xt, **settings))
     return torch.cat(texts)
 
 
 # -----------------------------------------------------------------------------
-# 7. Settings: every field of Config is a command-line flag of the same name
-HAS_GPU = torch.cuda.is_available()
-TOKENIZERS = ["char", "gpt2", "gpt2-1024", "gpt2-4096"]
-ORDERS = ["random", "first-hitting", "confidence", "left"]
+# 7. Blocks: BD3-LM (Arriola et al. 2025). A first reader can skip this section
+class BlockStudent(Student):
+    """Autoregressive over blocks of block_size = L' tokens, masked diffusion in each. The students
+    of section 4, with and without noise (then named bd3lm). One block, L' = T, is MDLM.
+    Official code: the mask and the cache of bd3lms.   Test: tests/test_blocks.py
+    """
+
+    def __init__(self, cfg, name, vocab_size):
+        super().__init__(cfg, name, vocab_size)
+        self.block_size = cfg.block_size
+
+    def forward(self, xt, xi=None, x0=None, cache=None):
+        """Logits (M, V) as Student.forward. A block sees itself and the clean blocks before it:
+        in training those of x0 (B, T), in sampling those in the cache, where xt is one block."""
+        T = xt.size(1)
+        start = cache.start if cache else 0
+        pos = torch.arange(start, start + T, device=xt.device)
+        if x0 is None:
+            return self.logits(xt, xi, pos, cache=cache)
+        mask = block_mask(T, self.block_size, xt.device)
+        both = torch.cat([xt, x0], dim=1)                       # (B, 2T), no [MASK] in x0
+        return self.logits(both, xi, pos.repeat(2), mask)
+
+    def possible_nfe(self, nfe):
+        """The nearest number that gives each block as many steps: at least 1, at most L'."""
+        n_blocks = self.seq_len // self.block_size
+        steps = min(max(1, nfe // n_blocks), self.block_size)
+        return steps * n_blocks
+
+    @torch.no_grad()
+    def write(self, xi, u, nfe, xt=None, on_step=None, **settings):
+        """As sample: texts (B, T) long, block after block, each in an equal share of nfe steps."""
+        B, T, V = xi.shape
+        L = self.block_size
+        text = torch.full((B, T), V, device=xi.device) if xt is None else xt.clone()
+        report = on_step and (lambda _: on_step(text.clone()))  # the whole text, not the block
+        cache = KVCache()
+        predict = partial(self, cache=cache)
+        steps = max(1, nfe * L // T)
+        for start in range(0, T, L):
+            block = slice(start, start + L)
+            denoise(predict, text[:, block], xi[:, block], u[:, :, block], steps, on_step=report,
+                    **settings)
+            if start + L < T:  # the block is final: read it once more, into the cache
+                predict(text[:, block])
+                cache.start += L
+        return text
 
 
-def option(default, help, **how):
-    """A field of Config; `how` goes to argparse's add_argument. With nargs it is a list."""
-    return dataclasses.field(default=default, metadata=dict(how, help=help))
+def block_mask(seq_len, block_size, device):
+    """BD3-LM's training mask over xt and then x0: (2T, 2T) bool, True where a row sees a column.
+    A block of xt sees itself and the earlier blocks of x0. A block of x0 sees x0 up to itself."""
+    i = torch.arange(2 * seq_len, device=device)
+    block = i % seq_len // block_size
+    is_xt = i < seq_len
+    same_block = block[:, None] == block
+    same_copy = is_xt[:, None] == is_xt
+    x0_before = (block[:, None] > block) & ~is_xt
+    return (same_block & same_copy) | x0_before
 
 
-@dataclasses.dataclass
-class Config:
-    """Settings of a run. None means: as PRESETS says for the dataset."""
-    dataset: str = option("maze", "what to learn", choices=PRESETS)
-    train_files: str = option(None, "text, .jsonl or .parquet: a file or a quoted glob; or the hub")
-    val_files: str = option(None, "files to validate on; or the last 10%% of the training text")
-    tokenizer: str = option(None, "gpt2-N: the first N tokens of GPT-2's BPE", choices=TOKENIZERS)
-    max_tokens: int = option(None, "use at most this many training tokens")
-    # model: teacher and students have one shape
-    seq_len: int = option(None, "tokens per sequence")
-    n_layer: int = option(None, "Transformer blocks")
-    n_head: int = option(None, "attention heads")
-    n_embd: int = option(None, "width")
-    dropout: float = option(None, "dropout probability")
-    block_size: int = option(None, "BD3-LM's block length; seq_len, the default, is MDLM")
-    # distillation
-    students: str = option(None, "(mdlm, in blocks bd3lm, and gumbel gumbel-draft)", nargs="+",
-                           choices=STUDENTS)
-    labels: str = option("data", "real text or the teacher's own", choices=["data", "teacher"])
-    loss: str = option("ce", "against text or the teacher's probabilities", choices=["ce", "kd"])
-    teacher: str = option(None, "a checkpoint, gpt2, gpt2-large or a folder; or --out-dir's own")
-    init_from: str = option(None, "checkpoint of a student whose weights to start from")
-    # training
-    batch_size: int = option(None, "sequences per optimiser step; of sample.py: texts at once")
-    grad_accum: int = option(None, "pieces to split a batch into, to save memory")
-    max_steps: int = option(None, "optimiser steps of each model")
-    lr: float = option(None, "peak learning rate of AdamW")
-    warmup: int = option(None, "steps of linear warm-up")
-    schedule: str = option(None, "learning rate after it", choices=["cosine", "constant"])
-    ema: float = option(None, "decay per step of the averaged weights; 0: none")
-    eval_every: int = option(None, "steps between validations; each writes the checkpoint")
-    # sampling
-    nfe: int = option(None, "function evaluations of each block, one or more numbers", nargs="+")
-    tau: float = option((1.0,), "scale of the noise, one or more numbers", nargs="+")
-    temperature: float = option(None, "likewise; with noise only if there is one tau "
-                                "(with noise 0, without 1 0)", nargs="+")
-    top_p: float = option(1.0, "nucleus: the likeliest tokens of this total")
-    order: str = option("random", "which masked tokens to fill first", choices=ORDERS)
-    n_samples: int = option(None, "texts per row of the table")
-    # machine
-    seed: int = option(0, "seed of every random draw")
-    device: str = option("cuda" if HAS_GPU else "cpu", "cpu or cuda", choices=["cpu", "cuda"])
-    dtype: str = option("bfloat16" if HAS_GPU else "float32", "of the training",
-                        choices=["float32", "bfloat16"])
-    compile: bool = option(HAS_GPU, "torch.compile", action=argparse.BooleanOptionalAction)
-    out_dir: str = option(None, "folder of this run (out/<dataset>)")
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def resolve(cfg):
-    """Fill in the dataset's preset, and check what argparse cannot; returns a new Config."""
-    preset = dict(PRESETS[cfg.dataset], out_dir=f"out/{cfg.dataset}")
-    missing = {name: value for name, value in preset.items() if getattr(cfg, name) is None}
-    cfg = dataclasses.replace(cfg, **missing)
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)                            # a number, or several
-        least = 0 if f.type is float or f.name in ("seed", "warmup") else 1
-        most = 1 if f.name in ("dropout", "ema", "top_p") else math.inf
-        if f.type in (int, float) and value is not None and not least <= np.min(value) <= most:
-            raise UserError(f"{flag(f.name)} {value}: must lie between {least} and {most}")
-    cfg.block_size = cfg.block_size or cfg.seq_len
-    for whole, part, message in [
-            (cfg.seq_len, cfg.block_size, "--seq-len {}: must be a multiple of --block-size {}"),
-            (cfg.n_embd, 2 * cfg.n_head, "--n-embd {}: must be a multiple of {}, twice --n-head"),
-            (cfg.batch_size, cfg.grad_accum, "--batch-size {}: must be a multiple of {}, the "
-             "--grad-accum")]:
-        if whole % part:
-            raise UserError(message.format(whole, part))
-    if cfg.grad_accum < WORLD:
-        raise UserError(f"--grad-accum {cfg.grad_accum}: must be {WORLD} or more for {WORLD} "
-                        "processes, which share the pieces of a batch")
-    if cfg.device == "cuda" and not HAS_GPU:
-        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    cfg.students = cfg.students or ["mdlm", "gumbel", "gumbel-draft"]
-    if cfg.block_size < cfg.seq_len:  # MDLM in blocks is BD3-LM
-        cfg.students = [name.replace("mdlm", "bd3lm") for name in cfg.students]
-    return cfg
-
-
-def add_flags(parser, *names, **defaults):
-    """A flag for each named field of Config, or for all; `defaults` replace those of Config."""
-    for f in dataclasses.fields(Config):
-        if names and f.name not in names:
-            continue
-        how = dict(f.metadata, default=defaults.get(f.name, f.default))
-        if f.type is not bool:
-            how["type"] = f.type
-        presets = [f"{name} {preset[f.name]}" for name, preset in PRESETS.items()
-                   if f.name in preset and f.name not in defaults]
-        how["help"] += f" ({', '.join(presets) or how['default']})"
-        parser.add_argument(flag(f.name), **how)
-    return parser
+def new_student(cfg, name, vocab_size):
+    """A Student or, with blocks shorter than a text, a BlockStudent."""
+    kind = BlockStudent if cfg.block_size < cfg.seq_len else Student
+    return kind(cfg, name, vocab_size)
 
 
 # -----------------------------------------------------------------------------
 # 8. Training: one loop for teacher and student
-# torchrun starts WORLD processes with numbers RANK from 0; without it there is one.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-
-FORMAT = 2                          # of checkpoints; another format is not read
 # What decides a trained model, beside its data
 SHAPE = ["seq_len", "n_layer", "n_head", "n_embd"]
 TEACHER_SETTINGS = SHAPE + ["dropout", "batch_size", "grad_accum", "max_steps", "lr", "warmup",
                             "schedule", "ema", "seed"]
-STUDENT_SETTINGS = TEACHER_SETTINGS + ["block_size", "labels", "loss", "init_from"]
-
-
-def load_checkpoint(path):
-    """A checkpoint as a dict of tensors and plain values; code in the file is refused."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["format"] != FORMAT:
-            raise ValueError(f"format {saved['format']}")
-        return dict(saved, config=Config(**saved["config"]))
-    except Exception as e:  # torch raises many types for cut-off and foreign files
-        raise UserError(f"{path}: missing, cut off, or no checkpoint of this version ({e!r:.99}); "
-                        "name another file like out/maze/teacher.pt, or train it again") from e
+STUDENT_SETTINGS = TEACHER_SETTINGS + ["block_size", "labels", "init_from", "t_min"]
 
 
 def load_model(path, device):
@@ -688,29 +588,14 @@ def load_model(path, device):
     if saved["name"] == "teacher":
         model = Teacher(saved["config"], tokenizer)
     else:
-        model = Student(saved["config"], saved["name"], tokenizer.vocab_size)
+        model = new_student(saved["config"], saved["name"], tokenizer.vocab_size)
     model.load_state_dict(saved["ema"])
     return model.to(device).eval().requires_grad_(False), tokenizer, saved
 
 
-def check_equal(path, there, here):
-    """UserError unless the checkpoint's dict `there` has every value of the dict `here`."""
-    for name, value in here.items():
-        if there.get(name) != value:
-            raise UserError(f"{path} was trained with {name} {there.get(name)}, not {value}: use "
-                            "the same settings or another folder, or delete that file")
-
-
-def weights_id(model):
-    """A hash of the weights: equal models have equal hashes."""
-    digest = hashlib.sha1()
-    for p in model.parameters():
-        digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def learning_rate(cfg, step):
-    """Linear warm-up to cfg.lr; with it a cosine down to 0, unless the schedule is constant."""
+    """Linear warm-up towards cfg.lr, and with the schedule "cosine" a cosine from step 0 down to 0.
+    """
     rate = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
     if cfg.schedule == "cosine":
         rate *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.max_steps)
@@ -723,26 +608,29 @@ def backward(model, loss_fn, data, cfg, step):
     n_blocks = cfg.seq_len // cfg.block_size
     loss = torch.zeros((), device=cfg.device)
     for piece in range(RANK, cfg.grad_accum, WORLD):
+        # texts and times are drawn on the CPU: the same on every device
         g = rng(cfg.seed, "batch", step, piece)
         index = torch.randint(data.n_train, (size,), generator=g)
         x0 = data.rows(index).to(cfg.device)                    # (b, T)
-        t = stratified_times(torch.rand(size, n_blocks, generator=g)).to(cfg.device)
+        t = stratified_times(torch.rand(size, n_blocks, generator=g), cfg.t_min).to(cfg.device)
+        # masks and noise are large: they are drawn where they are used
         g = rng(cfg.seed, "loss", step, piece, device=cfg.device)
         torch.manual_seed(g.initial_seed())                     # for dropout
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             piece_loss = loss_fn(model, x0, t, g, index) / cfg.grad_accum
-        piece_loss.backward()
-        loss += piece_loss.detach()
+        piece_loss.backward()                                   # adds to the gradients
+        loss += piece_loss.detach()                             # no .item(): a card need not wait
     if WORLD > 1:  # each process has the gradient of its own pieces: add them up
         for tensor in [loss] + [p.grad for p in model.parameters()]:
             dist.all_reduce(tensor)
     return loss
 
 
-def compile_blocks(model):
-    """torch.compile each block, but none of a model of transformers."""
-    for block in getattr(model.net, "blocks", []):
-        block.compile()
+def compile_layers(model):
+    """torch.compile each layer, but none of a model of transformers. All layers share one code.
+    What lies around them changes its shape with the number of masked tokens, in every step."""
+    for layer in getattr(model.net, "layers", []):
+        layer.compile()
     return model
 
 
@@ -758,7 +646,7 @@ def train(model, loss_fn, data, cfg, names, **settings):
     path = f"{cfg.out_dir}/{model.name}.pt"
     step = 0
     model.to(cfg.device).train()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)     # averaged weights write better
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     if os.path.exists(path):
         saved = load_checkpoint(path)
@@ -768,23 +656,21 @@ def train(model, loss_fn, data, cfg, names, **settings):
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
     if cfg.compile:
-        compile_blocks(model)
+        compile_layers(model)
     if cfg.device == "cuda":  # TF32 is precise enough for the logits of a teacher's labels
         torch.set_float32_matmul_precision("high")
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{model.name}: {n_params:.2f}M parameters | {cfg.device} | {cfg.dtype} | uniform loss "
-          f"{math.log(model.vocab_size):.2f} | from step {step}/{cfg.max_steps}")
+          f"{math.log(model.vocab_size):.2f} | from step {step}/{cfg.max_steps}", flush=True)
 
     start = time.time()
     first_step = step
     losses = []
+    bar = tqdm(total=cfg.max_steps, initial=step, desc=model.name, unit=" steps", leave=False,
+               disable=None if RANK == 0 else True)             # None: only on a terminal
     while step < cfg.max_steps:
-        try:
-            losses.append(backward(model, loss_fn, data, cfg, step))
-        except torch.OutOfMemoryError as e:
-            raise UserError(f"{model.name}: out of memory; a piece of the batch has "
-                            f"{cfg.batch_size // cfg.grad_accum} sequences, --grad-accum "
-                            f"{2 * cfg.grad_accum} --out-dir ANOTHER halves it") from e
+        losses.append(backward(model, loss_fn, data, cfg, step))
+        # a rare batch with a huge gradient must not undo what was learned
         grad = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(cfg, step)
         optimizer.param_groups[0]["lr"] = lr
@@ -794,37 +680,43 @@ def train(model, loss_fn, data, cfg, names, **settings):
         for average, p in zip(ema.parameters(), model.parameters()):
             average.lerp_(p.detach(), 1 - decay)
         step += 1
+        bar.update()
         if step % cfg.eval_every and step < cfg.max_steps:
             continue
 
+        # validate the averaged weights, and write log and checkpoint; a broken model is not kept
         loss = torch.stack(losses).mean().item()
         losses = []
-        if not math.isfinite(loss):
-            raise UserError(f"{model.name}: loss {loss} before step {step}; the last checkpoint is "
-                            f"kept. Try a lower --lr (now {cfg.lr:g}) or a longer --warmup")
+        val = validation_loss(ema, loss_fn, data, cfg) if RANK == 0 else 0.0
+        if not math.isfinite(loss + val):
+            raise UserError(f"{model.name}: loss {loss}, validation {val} at step {step}; the last "
+                            f"checkpoint, if any, is kept. Try a lower --lr (now {cfg.lr:g}) or a "
+                            "longer --warmup")
         if RANK > 0:
             continue
-        row = dict(model=model.name, step=step, loss=loss, lr=lr, grad=grad.item(),
-                   val=validation_loss(ema, loss_fn, data, cfg), seconds=time.time() - start)
+        row = dict(model=model.name, step=step, loss=loss, lr=lr, grad=grad.item(), val=val,
+                   seconds=time.time() - start)
         steps_s = (step - first_step) / row["seconds"]
         row["tok_s"] = steps_s * cfg.batch_size * cfg.seq_len
-        print("step {step:6d} | loss {loss:.4f} | val {val:.4f} nats/token | lr {lr:.1e} | grad "
-              "{grad:.2f} | {tok_s:,.0f} tok/s".format(**row),
-              f"| {(cfg.max_steps - step) / steps_s:.0f} s left", flush=True)
+        bar.set_postfix(loss=f"{loss:.3f}", val=f"{val:.3f}")
+        with tqdm.external_write_mode():                        # the bar makes room for the line
+            print("step {step:6d} | loss {loss:.4f} | val {val:.4f} nats/token | lr {lr:.1e} | "
+                  "grad {grad:.2f} | {tok_s:,.0f} tok/s".format(**row),
+                  f"| {(cfg.max_steps - step) / steps_s:.0f} s left", flush=True)
         with open(f"{cfg.out_dir}/log.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
-        state = dict(format=FORMAT, name=model.name, step=step, settings=settings, config=vars(cfg),
-                     tokenizer=data.tokenizer.state, model=model.state_dict(),
-                     ema=ema.state_dict(), optimizer=optimizer.state_dict())
-        torch.save(state, path + ".tmp")
-        os.replace(path + ".tmp", path)     # a write that is cut off leaves the last one whole
+        save_checkpoint(path, name=model.name, step=step, settings=settings, config=vars(cfg),
+                        tokenizer=data.tokenizer.state, model=model.state_dict(),
+                        ema=ema.state_dict(), optimizer=optimizer.state_dict())
+    bar.close()
     torch.set_float32_matmul_precision("highest")
     return ema
 
 
 @torch.no_grad()
 def validation_loss(model, loss_fn, data, cfg):
-    """Mean loss on fixed rows, times, masks and noise: NLL, NELBO or, with noise, no likelihood."""
+    """Mean loss on fixed rows, times, masks and noise: NLL, NELBO or, with noise, no likelihood.
+    Its times lie in [T_MIN, 1], whatever --t-min says: else it would be no bound."""
     size = cfg.batch_size // cfg.grad_accum
     x0 = data.val_rows(8 * cfg.batch_size).to(cfg.device)
     t = stratified_times(torch.full((len(x0), cfg.seq_len // cfg.block_size), 0.5)).to(cfg.device)
@@ -863,27 +755,45 @@ def teacher_data(teacher, data, cfg):
     return Data(tokens, data.val, cfg.seq_len, data.tokenizer, stride=cfg.seq_len)
 
 
-def get_student(name, cfg, teacher, data):
-    """The student of that name, trained or as it stands in this run's folder."""
+def start_weights(student, cfg, teacher, data):
+    """The weights that --init-from names, where the student has such; the others are its own."""
+    own = student.state_dict()
+    if cfg.init_from == "scratch":
+        return own
+    if cfg.init_from == "teacher":
+        name, weights = "teacher", teacher.state_dict()
+    else:
+        saved = load_checkpoint(cfg.init_from)
+        name, weights = saved["name"], saved["ema"]
+        here = {field: getattr(cfg, field) for field in SHAPE}
+        check_equal(cfg.init_from, saved["settings"], dict(here, tokens=data.tokenizer.fingerprint))
+    shared = [key for key in own if key in weights and own[key].shape == weights[key].shape]
+    if len(shared) < len(student.net.state_dict()):
+        raise UserError(f"--init-from {cfg.init_from}: the {name} there has not the shape of the "
+                        "students here; use --init-from scratch")
+    mask_row = own["net.embed.weight"][-1].clone()
+    own.update({key: weights[key].clone() for key in shared})
+    if name == "teacher":  # its last row is BOS, or was never read
+        own["net.embed.weight"][-1] = mask_row
+    return own
+
+
+def get_student(student, cfg, teacher, data, loss=student_loss):
+    """The student trained or, where this run's folder holds it, as it stands there.
+    loss: as student_loss; ablation.py brings another."""
     labeller = teacher
     if cfg.compile:  # a copy: the sampler's many lengths would each be compiled
-        labeller = compile_blocks(copy.deepcopy(teacher))
+        labeller = compile_layers(copy.deepcopy(teacher))
 
     def loss_fn(model, x0, t, generator, index=None):
-        xi = None
-        if cfg.labels == "teacher" and model.noise and index is not None:
-            xi, _ = sequence_noise((cfg.seed, "labels"), index, cfg.seq_len, model)
-        return student_loss(model, labeller, x0, t, generator, xi, cfg.loss)
+        if not model.reads_noise:
+            return loss(model, None, x0, t, generator)
+        if cfg.labels == "data" or index is None:               # validation is on real text
+            return loss(model, labeller, x0, t, generator)
+        xi, _ = sequence_noise((cfg.seed, "labels"), index, cfg.seq_len, model)
+        return loss(model, None, x0, t, generator, xi)
 
-    torch.manual_seed(cfg.seed)
-    student = Student(cfg, name, teacher.vocab_size)
-    if cfg.init_from:  # e.g. BD3-LM from MDLM; what MDLM lacks (noise embedding) stays new
-        saved = load_checkpoint(cfg.init_from)
-        if saved["name"] not in (name, "mdlm", "bd3lm"):
-            raise UserError(f"--init-from {cfg.init_from}: holds no mdlm and no {name}")
-        here = {name: getattr(cfg, name) for name in SHAPE}
-        check_equal(cfg.init_from, saved["settings"], dict(here, tokens=data.tokenizer.fingerprint))
-        student.load_state_dict({**student.state_dict(), **saved["ema"]})
+    student.load_state_dict(start_weights(student, cfg, teacher, data))
     return train(student, loss_fn, data, cfg, STUDENT_SETTINGS, teacher=weights_id(teacher))
 
 
@@ -907,14 +817,13 @@ def compare_with_teacher(x, teacher_text, teacher, seed):
     return {name: float(score.double().mean()) for name, score in scores.items()}
 
 
-def scales(student, cfg, without_noise=(1.0, 0.0)):
-    """Pairs (tau, temperature) to write with. A student with noise varies one of the two only."""
-    if not student.noise:
-        return list(itertools.product([1.0], cfg.temperature or without_noise))
-    temperatures = cfg.temperature or [0.0]
-    if len(cfg.tau) > 1 and len(temperatures) > 1:
-        temperatures = [0.0]
-    return list(itertools.product(cfg.tau, temperatures))
+def sampler_settings(student, cfg):
+    """All combinations of nfe, tau and temperature to write with, as keyword arguments of write.
+    Where some have no effect (more steps than tokens, tau without noise), equal ones stand once."""
+    nfes = dict.fromkeys(student.possible_nfe(nfe) for nfe in cfg.nfe)
+    taus = cfg.tau if student.reads_noise else [1.0]
+    for tau, temperature, nfe in itertools.product(taus, cfg.temperature, nfes):
+        yield dict(nfe=nfe, tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
 
 
 def evaluate(teacher, students, data, cfg):
@@ -932,10 +841,9 @@ def evaluate(teacher, students, data, cfg):
     add("teacher, other noise", teacher_text.roll(1, 0))
     add("best constant text", teacher_text.mode(dim=0).values.repeat(n, 1))
     for student in students:
-        for (tau, temperature), nfe in itertools.product(scales(student, cfg), cfg.nfe):
-            settings = dict(tau=tau, temperature=temperature, top_p=cfg.top_p, order=cfg.order)
-            x = generate(student, n, cfg.seq_len, cfg.seed, nfe=nfe, **settings)
-            add(student.name, x, nfe=student.nfe_of_text(nfe), **settings)
+        for settings in sampler_settings(student, cfg):
+            x = generate(student, n, cfg.seq_len, cfg.seed, **settings)
+            add(student.name, x, **settings)
     return rows
 
 
@@ -958,30 +866,23 @@ def prepare(cfg):
     return cfg, data
 
 
-def finish():
-    """Leave the group of processes together. Then end without the interpreter's clean-up, in which
-    a thread of gloo that is still alive would abort the process."""
-    if WORLD > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)
-
-
 def run(cfg):
     """The whole experiment; returns the rows of its table, in process 0."""
     cfg, data = prepare(cfg)
     teacher = get_teacher(cfg, data)
     texts = teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
-    students = [get_student(name, cfg, teacher, texts) for name in cfg.students]
+    students = []
+    for name in cfg.students:
+        torch.manual_seed(cfg.seed)
+        student = new_student(cfg, name, teacher.vocab_size)
+        students.append(get_student(student, cfg, teacher, texts))
     if RANK > 0:
         return
     rows = evaluate(teacher, students, data, cfg)
     print_table(rows)
     with open(f"{cfg.out_dir}/results.json", "w") as f:
         json.dump(rows, f, indent=1)
-    print("gumbel is the paper's student; gumbel-draft, ours, adds the noise to its own guess. "
-          f"All this is in {cfg.out_dir}; see texts with: python sample.py")
+    print(f"All this is in {cfg.out_dir}; see texts with: python sample.py")
     return rows
 
 
@@ -989,7 +890,6 @@ def main():
     parser = argparse.ArgumentParser(description="Train a teacher and students, and print how well "
                                      "each of them writes. In brackets: the defaults.")
     run(Config(**vars(add_flags(parser).parse_args())))
-    finish()
 
 
 if __name__ == "__main__":

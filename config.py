@@ -1,0 +1,249 @@
+"""What surrounds the method: settings, errors, checkpoints, tables.
+
+Every field of Config is a command-line flag of the same name.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# torchrun starts WORLD processes with numbers RANK from 0; without it there is one.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+HAS_GPU = torch.cuda.is_available()
+TOKENIZERS = ["char", "gpt2", "gpt2-1024", "gpt2-4096"]
+ORDERS = ["random", "first-hitting"]
+STUDENTS = ["mdlm", "bd3lm", "gumbel", "gumbel-draft"]
+
+# -----------------------------------------------------------------------------
+# Settings
+# The settings that a run takes by default, for each dataset: flags of gumbel_distill.py.
+SMALL = dict(n_layer=4, n_head=2, n_embd=64, dropout=0.0, batch_size=64, grad_accum=1, lr=3e-3,
+             warmup=100, schedule="cosine", ema=0.999, eval_every=500, init_from="scratch",
+             t_min=1e-3)
+TEXT = dict(SMALL, init_from="teacher", t_min=0.1)
+WEB = dict(tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, grad_accum=8, lr=3e-4,
+           warmup=2500, schedule="constant", ema=0.9999, eval_every=1000, max_steps=20_000,
+           init_from="teacher", t_min=0.1)
+PRESETS = {
+    "maze": dict(SMALL, seq_len=10, max_steps=2000, nfe=[1, 3, 10], n_samples=3000),
+    "cities": dict(SMALL, seq_len=19, lr=2e-3, max_steps=4000, nfe=[1, 2, 4, 19], n_samples=1000),
+    "text": dict(TEXT, tokenizer="char", seq_len=64, n_head=4, n_embd=128, batch_size=32, lr=2e-3,
+                 max_steps=1500, nfe=[1, 4, 16, 64], n_samples=200),
+    "tinystories": dict(TEXT, tokenizer="gpt2-1024", seq_len=64, n_head=4, n_embd=128,
+                        batch_size=32, lr=2e-3, max_steps=4000, nfe=[1, 4, 16, 64], n_samples=200),
+    "lm1b": dict(WEB, seq_len=128, batch_size=256, nfe=[1, 4, 16, 32, 128], n_samples=256),
+    "owt": dict(WEB, seq_len=1024, batch_size=32, nfe=[16, 128, 512], n_samples=32),
+}
+
+
+class UserError(Exception):
+    """Something the user can mend; the message names the value and the cure."""
+
+
+def run_cli(main):
+    """Call main(); what a user can mend becomes one line on stderr, without a traceback."""
+    try:
+        main()
+        leave_group()
+    except (UserError, OSError) as e:  # OSError: a full disk, a folder of somebody else
+        sys.exit(f"error: {e}")
+    except (MemoryError, RuntimeError) as e:  # on a CPU torch raises a bare RuntimeError
+        types = MemoryError, torch.OutOfMemoryError
+        if not isinstance(e, types) and "DefaultCPUAllocator" not in str(e):
+            raise
+        sys.exit("error: out of memory: lower --batch-size, or split the batch into more pieces "
+                 f"with --grad-accum ({e!r:.99})")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def leave_group():
+    """Leave the group of processes together. Then end without the interpreter's clean-up, in which
+    a thread of gloo that is still alive would abort the process."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def option(default, help, **how):
+    """A field of Config; `how` goes to argparse's add_argument. With nargs it is a list."""
+    return dataclasses.field(default=default, metadata=dict(how, help=help))
+
+
+@dataclasses.dataclass
+class Config:
+    """Settings of a run. None means: as PRESETS says for the dataset."""
+    dataset: str = option("maze", "what to learn", choices=PRESETS)
+    train_files: str = option(None, "text, .jsonl or .parquet: a file or a quoted glob; or the hub")
+    val_files: str = option(None, "files to validate on; or the last 10%% of the training text")
+    tokenizer: str = option(None, "gpt2-N: the first N - 1 tokens of GPT-2's BPE and "
+                            "<|endoftext|>", choices=TOKENIZERS)
+    max_tokens: int = option(None, "use at most this many training tokens")
+    # model: teacher and students have one shape
+    seq_len: int = option(None, "tokens per sequence")
+    n_layer: int = option(None, "layers of the Transformer")
+    n_head: int = option(None, "attention heads")
+    n_embd: int = option(None, "width")
+    dropout: float = option(None, "dropout probability")
+    block_size: int = option(None, "BD3-LM's block length; seq_len, the default, is MDLM")
+    # distillation
+    students: str = option(None, "(mdlm, in blocks bd3lm, and gumbel gumbel-draft)", nargs="+",
+                           choices=STUDENTS)
+    labels: str = option("data", "real text or the teacher's own", choices=["data", "teacher"])
+    teacher: str = option(None, "a checkpoint, gpt2, gpt2-large or a folder; or --out-dir's own")
+    init_from: str = option(None, "weights of the students at the start: scratch, teacher, or a "
+                            "checkpoint of their shape")
+    # training
+    batch_size: int = option(None, "sequences per optimiser step; of sample.py: texts at once")
+    grad_accum: int = option(None, "pieces to split a batch into, to save memory")
+    max_steps: int = option(None, "optimiser steps of each model")
+    lr: float = option(None, "learning rate of AdamW, before warm-up and schedule")
+    warmup: int = option(None, "steps of linear warm-up")
+    schedule: str = option(None, "of the learning rate", choices=["cosine", "constant"])
+    t_min: float = option(None, "smallest time t that a student sees in training")
+    ema: float = option(None, "decay per step of the averaged weights; 0: none")
+    eval_every: int = option(None, "steps between validations; each writes the checkpoint")
+    # sampling
+    nfe: int = option(None, "function evaluations of a text, one or more numbers", nargs="+")
+    tau: float = option((1.0,), "scale of the noise, one or more numbers", nargs="+")
+    temperature: float = option((0.0, 1.0), "to draw tokens with, one or more numbers; 0: argmax",
+                                nargs="+")
+    top_p: float = option(1.0, "nucleus: the likeliest tokens of this total")
+    order: str = option("random", "which masked tokens to fill first", choices=ORDERS)
+    n_samples: int = option(None, "texts per row of the table")
+    # machine
+    seed: int = option(0, "seed of every random draw")
+    device: str = option("cuda" if HAS_GPU else "cpu", "cpu or cuda", choices=["cpu", "cuda"])
+    dtype: str = option("bfloat16" if HAS_GPU else "float32", "of the training",
+                        choices=["float32", "bfloat16"])
+    compile: bool = option(HAS_GPU, "torch.compile", action=argparse.BooleanOptionalAction)
+    out_dir: str = option(None, "folder of this run (out/<dataset>)")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def resolve(cfg):
+    """Fill in the dataset's preset, and check what argparse cannot; returns a new Config."""
+    preset = dict(PRESETS[cfg.dataset], out_dir=f"out/{cfg.dataset}")
+    missing = {name: value for name, value in preset.items() if getattr(cfg, name) is None}
+    cfg = dataclasses.replace(cfg, **missing)
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)                            # a number, or several
+        least = 0 if f.type is float or f.name in ("seed", "warmup") else 1
+        most = 1 if f.name in ("dropout", "ema", "top_p") else math.inf
+        if f.type in (int, float) and value is not None and not least <= np.min(value) <= most:
+            raise UserError(f"{flag(f.name)} {value}: must lie between {least} and {most}")
+    cfg.block_size = cfg.block_size or cfg.seq_len
+    for whole, part, message in [
+            (cfg.seq_len, cfg.block_size, "--seq-len {}: must be a multiple of --block-size {}"),
+            (cfg.n_embd, 2 * cfg.n_head, "--n-embd {}: must be a multiple of {}, twice --n-head"),
+            (cfg.batch_size, cfg.grad_accum, "--batch-size {}: must be a multiple of {}, the "
+             "--grad-accum")]:
+        if whole % part:
+            raise UserError(message.format(whole, part))
+    if cfg.grad_accum < WORLD:
+        raise UserError(f"--grad-accum {cfg.grad_accum}: must be {WORLD} or more for {WORLD} "
+                        "processes, which share the pieces of a batch")
+    if cfg.device == "cuda" and not HAS_GPU:
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    cfg.students = cfg.students or ["mdlm", "gumbel", "gumbel-draft"]
+    if cfg.block_size < cfg.seq_len:  # MDLM in blocks is BD3-LM
+        cfg.students = [name.replace("mdlm", "bd3lm") for name in cfg.students]
+    return cfg
+
+
+def add_flags(parser, *names, **defaults):
+    """A flag for each named field of Config, or for all; `defaults` replace those of Config."""
+    for f in dataclasses.fields(Config):
+        if names and f.name not in names:
+            continue
+        how = dict(f.metadata, default=defaults.get(f.name, f.default))
+        if f.type is not bool:
+            how["type"] = f.type
+        presets = [f"{name} {preset[f.name]}" for name, preset in PRESETS.items()
+                   if f.name in preset and f.name not in defaults]
+        how["help"] += f" ({', '.join(presets) or how['default']})"
+        parser.add_argument(flag(f.name), **how)
+    return parser
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints: a file that needs nothing else, and what it must agree with
+FORMAT = 3                          # another format is not read
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict of tensors and plain values; code in the file is refused."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']}, not {FORMAT}")
+        return dict(saved, config=Config(**saved["config"]))
+    except Exception as e:  # torch raises many types for cut-off and foreign files
+        raise UserError(f"{path}: missing, cut off, or no checkpoint of this version ({e!r:.99}); "
+                        "name another file like out/maze/teacher.pt, or train it again") from e
+
+
+def save_checkpoint(path, **state):
+    """Write a checkpoint. A write that is cut off leaves the last one whole."""
+    try:
+        torch.save(dict(state, format=FORMAT), path + ".tmp")
+    except RuntimeError as e:  # so torch reports a full disk
+        raise UserError(f"{path}: cannot be written ({e!r:.99}), the last checkpoint stands; make "
+                        "room, or use another --out-dir") from e
+    os.replace(path + ".tmp", path)
+
+
+def check_equal(path, there, here):
+    """UserError unless the checkpoint's dict `there` has every value of the dict `here`."""
+    for name, value in here.items():
+        if there.get(name) != value:
+            raise UserError(f"{path} was trained with {name} {there.get(name)}, not {value}: use "
+                            "the same settings or another folder, or delete that file")
+
+
+def weights_id(model):
+    """A hash of the weights: equal models have equal hashes."""
+    digest = hashlib.sha1()
+    for p in model.parameters():
+        digest.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# Tables
+# The columns of the tables and their formats. docs/results.md says what each means.
+COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "valid": ".1%", "distinct": "d",
+           "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
+           "agree_token": ".3f", "agree_seq": ".3f", "accept": ".3f", "seconds": ".2f"}
+
+
+def print_table(rows, columns=COLUMNS):
+    """Rows (dicts) as aligned text, with those of the columns that any row has. Where a row has a
+    NAME_se, too, it stands behind NAME."""
+    names = [name for name in columns if any(name in row for row in rows)]
+    lines = [names]
+    for row in rows:
+        lines.append([])
+        for name in names:
+            cell = format(row[name], columns[name]) if name in row else ""
+            if name + "_se" in row:
+                cell += " ± " + format(row[name + "_se"], columns[name])
+            lines[-1].append(cell)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
