@@ -1,10 +1,11 @@
 """The paper's ablation and its baselines on the maze, in one table.
 
-    python ablation.py                        # 30 students, an hour on two cores
+    python ablation.py                        # 32 students, an hour on two cores
     python ablation.py --out-dir out/other
 
-Every run is one of gumbel_distill.py, whose settings differ from the default ones in what RUNS
-says. To ask a question of your own, add a line there: what is finished is not trained again.
+Every run is one of gumbel_distill.py. RUNS says in which settings, students and loss it differs
+from the default run. To ask a question of your own, add a line there: what is finished is not
+trained again.
 """
 
 import argparse
@@ -16,34 +17,103 @@ from multiprocessing import get_context
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from data import load_data, print_table, run_cli
-from gumbel_distill import Config, add_flags, load_model, resolve, run
+from config import Config, add_flags, print_table, resolve, run_cli
+from data import load_data
+from gumbel_distill import Student, evaluate, get_student, get_teacher, load_model, prepare
+from gumbel_distill import q_sample, run, sample_gumbel, student_loss
 from sample import compare_exact
 
 OTHER_NOISE = ["gaussian", "gaussian-draft", "uniform", "uniform-draft", "independent",
                "independent-draft"]
 RUNS = {  # what differs from the default settings, and the number of seeds
     "default": ({}, 3),
-    "token-level KD": (dict(students=["mdlm"], loss="kd"), 3),
+    "token-level KD": (dict(students=["mdlm"]), 3),
     "the teacher's texts": (dict(labels="teacher"), 3),         # mdlm: sequence-level KD
     "other noise": (dict(students=OTHER_NOISE), 1),
-    "blocks of 5": (dict(block_size=5), 1),
-    "blocks of 2": (dict(block_size=2), 1),
-    "blocks of 1": (dict(block_size=1), 1),
+    "blocks of 5": (dict(block_size=5, nfe=[2, 6]), 1),
+    "blocks of 2": (dict(block_size=2, nfe=[5, 10]), 1),
+    "blocks of 1": (dict(block_size=1, nfe=[10]), 1),
 }
-FLAGS = "n_layer n_head n_embd batch_size max_steps lr warmup eval_every n_samples out_dir".split()
-COLUMNS = {"run": "", "model": "", "seeds": "d", "nfe": ".3g", "valid": ".1%", "valid_sd": ".1%",
-           "tv": ".3f", "tv_sd": ".3f", "distinct": ".3g", "agree_seq": ".3f",
-           "agree_seq_sd": ".3f"}
+FIELDS = "n_layer n_head n_embd batch_size max_steps lr warmup eval_every n_samples out_dir".split()
+ABLATION_COLUMNS = {"run": "", "model": "", "seeds": "d", "nfe": ".3g", "valid": ".1%",
+                    "valid_sd": ".1%", "tv": ".3f", "tv_sd": ".3f", "distinct": ".3g",
+                    "agree_seq": ".3f", "agree_seq_sd": ".3f"}
+
+
+# -----------------------------------------------------------------------------
+# Other noise, and another loss
+class OtherNoise(Student):
+    """The student gumbel or gumbel-draft that reads other noise, as its name says:
+    gaussian, uniform   the noise of the text, sent through its CDF to N(0,1) or U(0,1)
+    independent         Gumbel noise that knows nothing of the text, a control
+    In the released code the Gaussian variant is independent, and the uniform one trains on Gumbel
+    noise. With the ending -draft the noise is added to the student's own guess.
+    """
+
+    def forward(self, xt, xi=None, x0=None):
+        """As Student.forward; xi (M, V) is Gumbel noise."""
+        if xi is not None:
+            xi = change_noise(xi, self.name.removesuffix("-draft"))
+        return super().forward(xt, xi, x0)
+
+
+def change_noise(xi, kind):
+    """Gumbel noise as it is or, sent through its CDF, "uniform" U(0,1) or "gaussian" N(0,1)."""
+    if kind not in ("uniform", "gaussian"):
+        return xi
+    z = torch.exp(-torch.exp(-xi.double()))                     # the CDF; float64 resolves its ends
+    if kind == "gaussian":
+        z = torch.special.ndtri(z.clamp(1e-300, 1 - 1e-16))
+    return z.to(xi.dtype)
+
+
+def other_loss(student, teacher, x0, t, generator, xi=None):
+    """student_loss of OtherNoise: the independent student never sees noise of the text."""
+    if student.name.startswith("independent"):
+        xi = sample_gumbel((*x0.shape, student.vocab_size), generator)
+        teacher = None
+    return student_loss(student, teacher, x0, t, generator, xi)
+
+
+def kd_loss(teacher):
+    """Token-level knowledge distillation, for MDLM: student_loss with the teacher's probabilities
+    p(. | x0[:i]) in place of x0_i."""
+    def loss(student, _, x0, t, generator, xi=None):
+        t = t.expand_as(x0)                                     # (B, T)
+        xt = q_sample(x0, t, student.mask_id, generator)
+        is_masked = xt == student.mask_id                       # M of them True
+        with torch.no_grad():
+            target = teacher(x0, is_masked).exp()               # (M, V)
+        nll = F.cross_entropy(student(xt), target, reduction="none")       # (M,)
+        return (nll / t[is_masked]).sum() / x0.numel()
+    return loss
+
+
+# -----------------------------------------------------------------------------
+# Runs
+def run_other(cfg):
+    """A run as gumbel_distill.run, with OtherNoise or, for MDLM, with kd_loss."""
+    cfg, data = prepare(cfg)
+    teacher = get_teacher(cfg, data)
+    students = []
+    for kind in cfg.students:
+        torch.manual_seed(cfg.seed)
+        student, loss = OtherNoise(cfg, kind, teacher.vocab_size), other_loss
+        if kind == "mdlm":
+            student, loss = Student(cfg, kind, teacher.vocab_size), kd_loss(teacher)
+        students.append(get_student(student, cfg, teacher, data, loss))
+    return evaluate(teacher, students, data, cfg)
 
 
 def run_alone(name, cfg):
     """The rows of one run, on one core. What the run prints goes to log.txt in its folder."""
     torch.set_num_threads(1)
     os.makedirs(cfg.out_dir, exist_ok=True)
+    is_other = name in ("token-level KD", "other noise")
     with open(f"{cfg.out_dir}/log.txt", "a") as f, contextlib.redirect_stdout(f):
-        rows = run(cfg)
+        rows = run_other(cfg) if is_other else run(cfg)
     plain = ("mdlm", "bd3lm")                                   # these draw at temperature 1
     rows = [r for r in rows if r.get("temperature") == float(r["model"] in plain)]
     if name == "default":
@@ -67,14 +137,14 @@ def verified_rows(cfg):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    args = add_flags(parser, *FLAGS, out_dir="out/ablation").parse_args()
+    args = add_flags(parser, *FIELDS, out_dir="out/ablation").parse_args()
     jobs = {}                                                   # (name, seed): settings
     for name, (change, n_seeds) in RUNS.items():
         for seed in range(n_seeds):
             out = f"{args.out_dir}/{seed}/{name.replace(' ', '-')}"
             teacher = None if name == "default" else f"{args.out_dir}/{seed}/default/teacher.pt"
-            given = dict(vars(args), seed=seed, out_dir=out, teacher=teacher, nfe=[1, 3], **change)
-            jobs[name, seed] = Config(**given)
+            given = dict(vars(args), seed=seed, out_dir=out, teacher=teacher, nfe=[1, 3])
+            jobs[name, seed] = Config(**{**given, **change})
             resolve(jobs[name, seed])                           # bad settings end here, untrained
     done = {}                                                   # (name, seed): rows
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
@@ -96,7 +166,7 @@ def main():
                     table[-1][column + "_sd"] = float(np.std(values, ddof=1))
     with open(f"{args.out_dir}/ablation.json", "w") as f:
         json.dump(table, f, indent=1)
-    print_table(table, COLUMNS)
+    print_table(table, ABLATION_COLUMNS)
 
 
 if __name__ == "__main__":

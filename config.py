@@ -5,6 +5,7 @@ Every field of Config is a command-line flag of the same name.
 
 import argparse
 import dataclasses
+import datetime
 import hashlib
 import math
 import os
@@ -19,7 +20,6 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 HAS_GPU = torch.cuda.is_available()
 TOKENIZERS = ["char", "gpt2", "gpt2-1024", "gpt2-4096"]
-ORDERS = ["random", "first-hitting"]
 STUDENTS = ["mdlm", "bd3lm", "gumbel", "gumbel-draft"]
 
 # -----------------------------------------------------------------------------
@@ -64,6 +64,16 @@ def run_cli(main):
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def join_group(device):
+    """Under torchrun: join the other processes. The first of them speaks for all."""
+    if WORLD > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=datetime.timedelta(days=1))        # tokenising takes long
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
 
 
 def leave_group():
@@ -120,7 +130,6 @@ class Config:
     temperature: float = option((0.0, 1.0), "to draw tokens with, one or more numbers; 0: argmax",
                                 nargs="+")
     top_p: float = option(1.0, "nucleus: the likeliest tokens of this total")
-    order: str = option("random", "which masked tokens to fill first", choices=ORDERS)
     n_samples: int = option(None, "texts per row of the table")
     # machine
     seed: int = option(0, "seed of every random draw")
@@ -157,6 +166,9 @@ def resolve(cfg):
     if cfg.grad_accum < WORLD:
         raise UserError(f"--grad-accum {cfg.grad_accum}: must be {WORLD} or more for {WORLD} "
                         "processes, which share the pieces of a batch")
+    if cfg.init_from == "teacher" and not (cfg.teacher or ".pt").endswith(".pt"):
+        raise UserError(f"--teacher {cfg.teacher}: a model of transformers has another shape than "
+                        "the students, so they cannot begin with it; add --init-from scratch")
     if cfg.device == "cuda" and not HAS_GPU:
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
     cfg.students = cfg.students or ["mdlm", "gumbel", "gumbel-draft"]
@@ -197,14 +209,27 @@ def load_checkpoint(path):
                         "name another file like out/maze/teacher.pt, or train it again") from e
 
 
-def save_checkpoint(path, **state):
-    """Write a checkpoint. A write that is cut off leaves the last one whole."""
+def save_checkpoint(path, parts, **about):
+    """Write a checkpoint: the state of the parts (name -> model or optimizer), and plain values.
+    A write that is cut off leaves the last checkpoint whole."""
+    state = {name: part.state_dict() for name, part in parts.items()}
     try:
-        torch.save(dict(state, format=FORMAT), path + ".tmp")
+        torch.save(dict(state, format=FORMAT, **about), path + ".tmp")
     except RuntimeError as e:  # so torch reports a full disk
         raise UserError(f"{path}: cannot be written ({e!r:.99}), the last checkpoint stands; make "
                         "room, or use another --out-dir") from e
     os.replace(path + ".tmp", path)
+
+
+def resume(path, settings, parts):
+    """Read a checkpoint of these settings into the parts; returns its step. 0 where none is."""
+    if not os.path.exists(path):
+        return 0
+    saved = load_checkpoint(path)
+    check_equal(path, saved["settings"], settings)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved["step"]
 
 
 def check_equal(path, there, here):
@@ -228,7 +253,7 @@ def weights_id(model):
 # The columns of the tables and their formats. docs/results.md says what each means.
 COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "valid": ".1%", "distinct": "d",
            "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
-           "agree_token": ".3f", "agree_seq": ".3f", "accept": ".3f", "seconds": ".2f"}
+           "agree_token": ".3f", "agree_seq": ".3f", "seconds": ".2f"}
 
 
 def print_table(rows, columns=COLUMNS):

@@ -8,16 +8,17 @@ gumbel_distill.py with the same settings finds it there, and trains students onl
 
 import argparse
 
-from data import run_cli, show, token_entropy
-from gumbel_distill import RANK, Config, add_flags, finish, generate, get_teacher, prepare
+from config import RANK, Config, add_flags, run_cli
+from data import show, token_entropy
+from gumbel_distill import generate, get_teacher, prepare
 
-FLAGS = ("dataset train_files val_files tokenizer max_tokens seq_len n_layer n_head n_embd dropout "
+FIELDS = ("dataset train_files val_files tokenizer max_tokens seq_len n_layer n_head n_embd dropout "
          "batch_size grad_accum max_steps lr warmup schedule ema eval_every n_samples seed device "
          "dtype compile out_dir").split()
 
 
 def main():
-    parser = add_flags(argparse.ArgumentParser(description=__doc__.splitlines()[0]), *FLAGS)
+    parser = add_flags(argparse.ArgumentParser(description=__doc__.splitlines()[0]), *FIELDS)
     cfg, data = prepare(Config(**vars(parser.parse_args())))
     teacher = get_teacher(cfg, data)
     if RANK == 0:
@@ -25,7 +26,6 @@ def main():
         scores = {**data.judge(x), "entropy": token_entropy(x)}
         print(f"{cfg.n_samples} samples: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         print(show(x[0], cfg.dataset, data.tokenizer))
-    finish()
 
 
 if __name__ == "__main__":
