@@ -10,6 +10,8 @@ import hashlib
 import math
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -64,6 +66,27 @@ def run_cli(main):
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+STOP = threading.Event()            # set: trainings in other threads end after their step
+
+
+def side_by_side(jobs, cfg):
+    """What the jobs (functions) return. Small models leave cores of a CPU idle, so there each job
+    has a thread of its own. Dropout's random numbers belong to the process: then one by one."""
+    if cfg.device != "cpu" or cfg.dropout > 0 or WORLD > 1:
+        return [job() for job in jobs]
+    n_cores = torch.get_num_threads()
+    torch.set_num_threads(max(1, n_cores // len(jobs)))
+    pool = ThreadPoolExecutor(n_cores)
+    running = [pool.submit(job) for job in jobs]
+    try:
+        return [job.result() for job in running]
+    finally:  # after an error or Ctrl-C the others stop, too
+        STOP.set()
+        pool.shutdown(cancel_futures=True)
+        STOP.clear()
+        torch.set_num_threads(n_cores)
 
 
 def join_group(device):

@@ -46,9 +46,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import RANK, WORLD, Config, UserError, add_flags, check_equal, join_group
+from config import RANK, STOP, WORLD, Config, UserError, add_flags, check_equal, join_group
 from config import load_checkpoint, print_table, resolve, resume, run_cli, save_checkpoint
-from config import weights_id
+from config import side_by_side, weights_id
 from data import Data, Tokenizer, load_data, load_pretrained, token_entropy
 
 
@@ -628,8 +628,8 @@ def compile_layers(model):
     return model
 
 
-LOG_LINE = ("step {step:6d} | loss {loss:.4f} | val {val:.4f} nats/token | lr {lr:.1e} | "
-            "grad {grad:.2f} | {tok_s:,.0f} tok/s | {left:.0f} s left")
+LOG_LINE = ("{model:12} step {step:6d} | loss {loss:.4f} | val {val:.4f} nats/token | "
+            "lr {lr:.1e} | grad {grad:.2f} | {tok_s:,.0f} tok/s | {left:.0f} s left")
 
 
 def train(model, loss_fn, data, cfg, names, **settings):
@@ -657,7 +657,7 @@ def train(model, loss_fn, data, cfg, names, **settings):
 
     start, first_step, losses = time.time(), step, []
     bar = tqdm(total=cfg.max_steps, initial=step, desc=model.name, disable=RANK > 0 or None)
-    while step < cfg.max_steps:
+    while step < cfg.max_steps and not STOP.is_set():
         losses.append(backward(model, loss_fn, data, cfg, step))
         # a rare batch with a huge gradient must not undo what was learned
         grad = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -760,9 +760,10 @@ def start_weights(student, cfg, data):
 
 
 def get_student(student, cfg, teacher, data, loss=student_loss):
-    """The student trained, or as this run's folder holds it. `loss`: as student_loss."""
+    """The student trained, or as this run's folder holds it. teacher: None where it needs none.
+    loss: as student_loss."""
     labeller = teacher
-    if cfg.compile:  # a copy: the sampler's many lengths would each be compiled
+    if cfg.compile and teacher:  # a copy: the sampler's many lengths would each be compiled
         labeller = compile_layers(copy.deepcopy(teacher))
 
     def loss_fn(model, x0, t, generator, index=None):
@@ -773,7 +774,8 @@ def get_student(student, cfg, teacher, data, loss=student_loss):
         return loss(model, labeller if model.reads_noise else None, x0, t, generator)
 
     student.load_state_dict(start_weights(student, cfg, data))
-    return train(student, loss_fn, data, cfg, STUDENT_SETTINGS, teacher=weights_id(teacher))
+    return train(student, loss_fn, data, cfg, STUDENT_SETTINGS,
+                 teacher=teacher and weights_id(teacher))
 
 
 # -----------------------------------------------------------------------------
@@ -836,16 +838,25 @@ def prepare(cfg):
     return cfg, data
 
 
+def train_all(cfg, data):
+    """The teacher, and a list of the students; those that need no teacher are trained beside it."""
+    early, late = [], []
+    for name in cfg.students:
+        torch.manual_seed(cfg.seed)
+        student = new_student(cfg, name, data.tokenizer.vocab_size)
+        is_late = student.reads_noise or "teacher" in (cfg.init_from, cfg.labels)
+        (late if is_late else early).append(student)
+    jobs = [partial(get_student, student, cfg, None, data) for student in early]
+    teacher, *early = side_by_side([partial(get_teacher, cfg, data), *jobs], cfg)
+    texts = teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
+    jobs = [partial(get_student, student, cfg, teacher, texts) for student in late]
+    return teacher, early + side_by_side(jobs, cfg)
+
+
 def run(cfg):
     """The whole experiment; returns the rows of its table, in process 0."""
     cfg, data = prepare(cfg)
-    teacher = get_teacher(cfg, data)
-    texts = teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
-    students = []
-    for name in cfg.students:
-        torch.manual_seed(cfg.seed)
-        student = new_student(cfg, name, teacher.vocab_size)
-        students.append(get_student(student, cfg, teacher, texts))
+    teacher, students = train_all(cfg, data)
     if RANK > 0:
         return
     rows = evaluate(teacher, students, data, cfg)
