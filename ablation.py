@@ -25,18 +25,18 @@ from gumbel_distill import Student, evaluate, get_student, get_teacher, load_mod
 from gumbel_distill import q_sample, run, sample_gumbel, student_loss
 from sample import compare_exact
 
-OTHER_NOISE = ["gaussian", "gaussian-draft", "uniform", "uniform-draft", "independent",
-               "independent-draft"]
+NOISES = ["gaussian", "uniform", "independent"]
 RUNS = {  # what differs from the default settings, and the number of seeds
     "default": ({}, 3),
     "token-level KD": (dict(students=["mdlm"]), 3),
     "the teacher's texts": (dict(labels="teacher"), 3),         # mdlm: sequence-level KD
-    "other noise": (dict(students=OTHER_NOISE), 1),
+    **{f"{noise} noise": (dict(students=[noise, f"{noise}-draft"]), 1) for noise in NOISES},
     "blocks of 5": (dict(block_size=5, nfe=[2, 6]), 1),
     "blocks of 2": (dict(block_size=2, nfe=[5, 10]), 1),
     "blocks of 1": (dict(block_size=1, nfe=[10]), 1),
 }
-FIELDS = "n_layer n_head n_embd batch_size max_steps lr warmup eval_every n_samples out_dir".split()
+FIELDS = ("n_layer n_head n_embd batch_size max_steps lr warmup eval_every n_samples device dtype "
+          "compile out_dir").split()
 ABLATION_COLUMNS = {"run": "", "model": "", "seeds": "d", "nfe": ".3g", "valid": ".1%",
                     "valid_sd": ".1%", "tv": ".3f", "tv_sd": ".3f", "distinct": ".3g",
                     "agree_seq": ".3f", "agree_seq_sd": ".3f"}
@@ -107,11 +107,11 @@ def run_other(cfg):
     return evaluate(teacher, students, data, cfg)
 
 
-def run_alone(name, cfg):
-    """The rows of one run, on one core. What the run prints goes to log.txt in its folder."""
-    torch.set_num_threads(1)
+def run_alone(name, cfg, n_threads):
+    """The rows of one run. What the run prints goes to log.txt in its folder."""
+    torch.set_num_threads(n_threads)
     os.makedirs(cfg.out_dir, exist_ok=True)
-    is_other = name in ("token-level KD", "other noise")
+    is_other = name == "token-level KD" or name.endswith(" noise")
     with open(f"{cfg.out_dir}/log.txt", "a") as f, contextlib.redirect_stdout(f):
         rows = run_other(cfg) if is_other else run(cfg)
     plain = ("mdlm", "bd3lm")                                   # these draw at temperature 1
@@ -150,9 +150,10 @@ def main():
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for is_first in (True, False):                          # the default runs train teachers
             wave = [key for key in jobs if (key[0] == "default") == is_first]
-            for key, rows in zip(wave, pool.map(run_alone, [key[0] for key in wave],
-                                                [jobs[key] for key in wave])):
-                done[key] = rows
+            n_threads = max(1, os.cpu_count() // len(wave))
+            running = {key: pool.submit(run_alone, key[0], jobs[key], n_threads) for key in wave}
+            for key in wave:
+                done[key] = running[key].result()
                 print(f"{jobs[key].out_dir} done", flush=True)
     table = []
     for name, (_, n_seeds) in RUNS.items():

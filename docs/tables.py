@@ -1,0 +1,280 @@
+"""The tables of docs/results.md on text: train students, let them write, and score the texts.
+
+    python docs/tables.py stories --train-files tinystories.txt     # beginnings and budgets
+    python docs/tables.py lengths --train-files tinystories.txt     # where does the noise pay?
+    python docs/tables.py search --train-files tinystories.txt      # smallest time, learning rate
+    python docs/tables.py letters --train-files tinyshakespeare.txt
+    python docs/tables.py news --train-files 'lm1b/*' --val-files 'lm1b/*-0000[0-3]-of-*'
+    python docs/tables.py stories --show                            # the tables of what is there
+
+Each line of out/tables/NAME.jsonl is one student at one setting of the sampler. A run that was
+stopped goes on with the students that are missing. Two AR models are trained first: the teacher,
+and a judge with another seed, whose perplexity no student has learned from.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import gumbel_distill as gd  # noqa: E402
+from config import Config, UserError, print_table, run_cli  # noqa: E402
+from data import load_data, token_entropy  # noqa: E402
+from judge import energy_distance, floors, pairs_of, rep_n, teacher_features  # noqa: E402
+from judge import teacher_nll, training_words, words_of  # noqa: E402
+
+STUDENTS = ["mdlm", "gumbel", "gumbel-draft"]
+STARTS = ["scratch", "teacher"]
+STORIES = dict(dataset="tinystories", seq_len=64, batch_size=32, teacher_steps=2000)
+TABLES = {  # settings that all runs of a table share; lists of those that differ between its runs
+    "stories": (STORIES, [
+        dict(init_from=STARTS, max_steps=[500], seed=[0, 1, 2]),
+        dict(init_from=STARTS, max_steps=[2000], seed=[0])]),
+    "letters": (dict(STORIES, dataset="text"), [
+        dict(init_from=STARTS, max_steps=[500], seed=[0, 1, 2]),
+        dict(init_from=STARTS, max_steps=[2000], seed=[0])]),
+    "lengths": (dict(STORIES, max_steps=1000, nfe=[1, 2, 4, 8]), [
+        dict(seq_len=[16, 64], labels=["data", "teacher"], seed=[0, 1, 2]),
+        dict(seq_len=[8, 32], labels=["data", "teacher"], seed=[0])]),
+    "search": (dict(STORIES, max_steps=1000, nfe=[4, 16]), [
+        dict(t_min=[1e-3, 0.1, 0.3], lr=[2e-3]), dict(t_min=[0.1], lr=[1e-3, 4e-3])]),
+    "news": (dict(dataset="lm1b", tokenizer="gpt2-4096", seq_len=32, n_layer=4, n_head=4,
+                  n_embd=128, dropout=0.0, batch_size=256, grad_accum=1, lr=2e-3, warmup=100,
+                  schedule="cosine", ema=0.999, max_steps=2500, teacher_steps=2500), [
+        dict(init_from=["teacher"], seed=[0, 1, 2]), dict(init_from=["scratch"], seed=[0])]),
+}
+# How all students write: at each of these (tau, temperature, top_p). MDLM reads no noise, so tau is
+# 1 for it. The last is the official draw.
+DRAWS = [(1.0, temperature, 1.0) for temperature in (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)]
+DRAWS += [(0.7, 0.0, 1.0), (0.85, 0.0, 1.0), (0.85, 1.0, 0.9)]
+
+
+def jobs_of(name, args):
+    """The settings of all students of a table, as dicts; those of the AR models go first."""
+    shared, groups = TABLES[name]
+    jobs = []
+    for group in groups:
+        for values in itertools.product(*group.values()):
+            change = dict(zip(group, values))
+            for student in STUDENTS:
+                jobs.append(dict(shared, **{**change, "student": student}))
+    for job in jobs:
+        if args.max_steps:
+            job["max_steps"] = job["teacher_steps"] = args.max_steps
+        about = {key: job[key] for key in ("student", "seq_len", "init_from", "labels", "max_steps",
+                                           "t_min", "lr", "seed") if key in job}
+        job["batch_size"] = job["batch_size"] * shared["seq_len"] // job["seq_len"]
+        job["key"] = " ".join(f"{key}={value}" for key, value in about.items())
+        job["about"] = about
+        job["folder"] = f"{args.out_dir}/{name}"
+        job["train_files"], job["val_files"] = args.train_files, args.val_files
+    return jobs
+
+
+def config_of(job, **more):
+    fields = {field.name for field in dataclasses.fields(Config)}
+    given = {key: value for key, value in job.items() if key in fields}
+    on_card = torch.cuda.is_available()
+    return gd.resolve(Config(**{**given, "device": "cuda" if on_card else "cpu",
+                                "dtype": "float32", "compile": False, **more}))
+
+
+def ar_model(job, seed, kind):
+    """Train the teacher or the judge of the texts of this length; returns the path."""
+    folder = f"{job['folder']}/{kind}-{job['seq_len']}"
+    start = dict(init_from="scratch", labels="data")
+    cfg = config_of({**job, **start}, max_steps=job["teacher_steps"], seed=seed, out_dir=folder)
+    with quiet(folder):
+        gd.get_teacher(cfg, load_data(cfg))
+    return f"{folder}/teacher.pt"
+
+
+@contextlib.contextmanager
+def quiet(folder):
+    """What is printed goes to log.txt in the folder; a process here has one thread."""
+    torch.set_num_threads(1)
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/log.txt", "a") as f, contextlib.redirect_stdout(f):
+        yield
+
+
+@torch.no_grad()
+def train_and_write(job, n):
+    """Train one student, and score n of its texts for each number of steps and each draw. Returns
+    rows, dicts. With "real" in place of a student: real text, the teacher's, and floors."""
+    teacher_path, judge_path = (f"{job['folder']}/{kind}-{job['seq_len']}/teacher.pt"
+                                for kind in ("teacher", "judge"))
+    out = f"{job['folder']}/{job['key'].replace(' ', ',')}"
+    cfg = config_of(job, teacher=teacher_path, out_dir=out)
+    data = load_data(cfg)
+    teacher = gd.get_teacher(cfg, data)
+    judge, _, _ = gd.load_model(judge_path, cfg.device)
+    T = cfg.seq_len
+    real = data.val_rows(10**9)
+    reference = teacher_features(real[::2][:n].to(cfg.device), judge)
+    known = training_words(data)
+
+    def scored(x, **about):
+        totals, counts = teacher_nll(x, judge)
+        words = [words_of(data.tokenizer.decode(row)) for row in x]
+        pairs = [pair for text in words for pair in pairs_of(text)]
+        words = sum(words, [])
+        return {**job["about"], **about, "n": len(x), "entropy": token_entropy(x),
+                "judge_nll": float(totals.sum() / counts.sum()),
+                "words": float(np.mean([word in known[0] for word in words])),
+                "pairs": float(np.mean([pair in known[1] for pair in pairs])),
+                "energy": energy_distance(teacher_features(x, judge), reference)[0],
+                "rep_4": float(rep_n(x).mean()),
+                "text": [data.tokenizer.decode(row) for row in x[:8]]}
+
+    if job["student"] == "real":
+        rows = [scored(real[1::2][:n].to(cfg.device), student="real text")]
+        rows.append(scored(gd.generate(teacher, n, T, cfg.seed), student="teacher", nfe=T))
+        for name, x in floors(data, n, 0).items():
+            rows.append(scored(x.to(cfg.device), student=name))
+        return rows
+    with quiet(out), torch.enable_grad():
+        torch.manual_seed(cfg.seed)
+        student = gd.new_student(cfg, job["student"], teacher.vocab_size)
+        texts = gd.teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
+        student = gd.get_student(student, cfg, teacher, texts)
+    log = [json.loads(line) for line in open(f"{out}/log.jsonl")]
+    about = dict(val=log[-1]["val"], seconds=log[-1]["seconds"])
+    rows = []
+    xi, u = gd.sequence_noise(cfg.seed, torch.arange(n), T, student)
+    for nfe, (tau, temperature, top_p) in itertools.product(job.get("nfe", [1, 2, 4, 16]), DRAWS):
+        if tau == 1 or student.reads_noise or top_p < 1:
+            x = student.write(xi, u, nfe=nfe, tau=tau, temperature=temperature, top_p=top_p)
+            rows.append(scored(x, **about, nfe=nfe, tau=tau, temperature=temperature, top_p=top_p))
+    shutil.rmtree(out)                                          # its rows are all that is kept
+    return rows
+
+
+def train_all(name, args):
+    """Train what is missing of a table; a line of the file for each row, as it comes."""
+    jobs = jobs_of(name, args)
+    path = f"{args.out_dir}/{name}.jsonl"
+    os.makedirs(args.out_dir, exist_ok=True)
+    done = {row["key"] for row in read_rows(path)}
+    lengths = {job["seq_len"]: job for job in jobs}
+    for length, job in lengths.items():
+        about = dict(seq_len=length)
+        jobs.insert(0, dict(job, student="real", key=f"real seq_len={length}", about=about,
+                            labels="data", init_from="scratch"))
+    load_data(config_of(jobs[0]))                               # the token cache is made once
+    n_at_once = args.jobs
+    with ProcessPoolExecutor(n_at_once, get_context("spawn")) as pool:
+        first = [pool.submit(ar_model, job, seed, kind) for job in lengths.values()
+                 for seed, kind in ((0, "teacher"), (1000, "judge"))]
+        for running in first:
+            running.result()
+        running = {pool.submit(train_and_write, job, args.n): job["key"] for job in jobs
+                   if job["key"] not in done}
+        for finished in as_completed(running):
+            key = running[finished]
+            with open(path, "a") as f:
+                for row in finished.result():
+                    f.write(json.dumps(dict(row, key=key)) + "\n")
+            print(f"{name}: {key} done", flush=True)
+
+
+def read_rows(path):
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+# -----------------------------------------------------------------------------
+# Tables
+SCORES = ["judge_nll", "words", "pairs", "energy", "rep_4"]
+SHOWN = {"student": "", "nfe": "d", "entropy": ".2f", "judge_nll": ".3f", "words": ".3f",
+         "pairs": ".3f", "energy": ".3f", "rep_4": ".3f", "seeds": "d", "val": ".3f"}
+
+
+def at_entropy(rows, entropy):
+    """The scores of a student at this entropy, between its two nearest temperatures; or None."""
+    rows = sorted(rows, key=lambda row: row["entropy"])
+    entropies = [row["entropy"] for row in rows]
+    if not entropies[0] <= entropy <= entropies[-1]:
+        return None
+    return [float(np.interp(entropy, entropies, [row[score] for row in rows])) for score in SCORES]
+
+
+def mean_rows(curves, entropy, **about):
+    """One line of the table from the curves (lists of rows) of all seeds, with NAME_se: here the
+    standard deviation over the seeds."""
+    values = np.array([at_entropy(curve, entropy) for curve in curves])    # (seeds, scores)
+    line = dict(about, entropy=entropy, seeds=len(curves), val=np.mean([c[0]["val"] for c in curves]))
+    for score, column in zip(SCORES, values.T):
+        line[score] = column.mean()
+        if len(curves) > 1:
+            line[score + "_se"] = column.std(ddof=1)
+    return line
+
+
+def show(name, args):
+    """Print, for each setting and number of steps, all students at one entropy: that of real text
+    or, where some student does not reach it, the highest that all reach."""
+    rows = read_rows(f"{args.out_dir}/{name}.jsonl")
+    real = {(row["seq_len"]): row for row in rows if row["student"] == "real text"}
+    for row in rows:
+        if "tau" not in row:
+            print("seq_len {seq_len}: {student:24} entropy {entropy:.2f}, judge {judge_nll:.3f}, "
+                  "words {words:.3f}, pairs {pairs:.3f}, energy {energy:.3f}, rep_4 {rep_4:.3f}"
+                  .format(**row))
+    settings = {}                                               # setting -> student -> seed -> rows
+    for row in rows:
+        if row.get("tau") == 1 and row["top_p"] == 1:
+            labels = {key: row[key] for key in ("seq_len", "max_steps", "t_min", "lr") if key in row}
+            key = (tuple(labels.items()), row["nfe"])
+            student = row["student"]
+            for more in ("init_from", "labels"):
+                student += f", {row[more]}" if more in row else ""
+            settings.setdefault(key, {}).setdefault(student, {}).setdefault(row["seed"] if "seed" in
+                                                                            row else 0, []).append(row)
+    for (labels, nfe), students in settings.items():
+        curves = {student: list(seeds.values()) for student, seeds in students.items()}
+        every = [curve for of_one in curves.values() for curve in of_one]
+        entropy = min(max(row["entropy"] for row in curve) for curve in every)
+        length = dict(labels).get("seq_len", next(iter(real), None))
+        if length in real:
+            entropy = min(entropy, real[length]["entropy"])
+        print(f"\n{', '.join(f'{key} {value}' for key, value in labels)}, {nfe} steps")
+        lines = [mean_rows(of_one, entropy, student=student, nfe=nfe)
+                 for student, of_one in curves.items()
+                 if all(at_entropy(curve, entropy) for curve in of_one)]
+        print_table(lines, SHOWN)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--train-files", help="the text, as of gumbel_distill.py")
+    parser.add_argument("--val-files")
+    parser.add_argument("--out-dir", default="out/tables")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="students at once")
+    parser.add_argument("-n", type=int, default=500, help="texts of each row")
+    parser.add_argument("--max-steps", type=int, help="fewer steps for all, to try the program")
+    parser.add_argument("--show", action="store_true", help="print the tables of what is there")
+    args = parser.parse_args()
+    if not args.show:
+        if not args.train_files:
+            raise UserError(f"{args.table}: name the text with --train-files")
+        train_all(args.table, args)
+    show(args.table, args)
+
+
+if __name__ == "__main__":
+    run_cli(main)
