@@ -207,6 +207,7 @@ def measure(model, side, args):
         start = time.perf_counter()
         step(i)
         times.append(time.perf_counter() - start)
+    torch.set_float32_matmul_precision("highest")
     seconds = statistics.median(times)
     n_trained = sum(p.numel() for p in trained.parameters())
     n_teacher = sum(p.numel() for p in teacher.parameters()) if student else 0
