@@ -499,7 +499,9 @@ def training_config(args, files):
         how = dict(bench.NARROW, tokenizer="gpt2-1024", seq_len=16, batch_size=8, grad_accum=1,
                    n_samples=8, nfe=[2, 4])
     else:
-        how = dict(args.size, grad_accum=2, n_samples=args.samples, nfe=[1, 4, 16, 64])
+        # half of the preset's batch: a short training needs steps more than tokens a step
+        how = dict(args.size, batch_size=128, grad_accum=1, n_samples=args.samples,
+                   nfe=[1, 4, 16, 64])
     return gd.resolve(gd.Config(
         dataset="lm1b", train_files=files["teacher"], val_files=args.val_files, lr=1e-3,
         warmup=100, schedule="cosine", seed=args.seed, device=args.device, dtype=args.dtype,
