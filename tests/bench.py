@@ -73,7 +73,7 @@ def dense_loss(student, teacher, x0, t, key, same=None):
     """The loss of gumbel_distill.student_loss; `same`: noise (M, V) to put at masked positions."""
     xt = gd.q_sample(x0, t, student.mask_id, gd.rng(*key, device=x0.device))
     is_masked = (xt == student.mask_id)[..., None]
-    if student.noise:
+    if student.reads_noise:
         with torch.no_grad():
             g = gd.rng(*key, "dense", device=x0.device)
             xi = dense_noise(teacher(x0), x0, g)                # (B, L, V)
@@ -88,12 +88,11 @@ def dense_loss(student, teacher, x0, t, key, same=None):
         draft = torch.einsum("mk,mkc->mc", weight, net.embed(best))
         return torch.where(is_masked, h + draft.view_as(h), h)
 
-    x, between = student.net.embed(xt), None
-    if student.is_draft:
-        between = add_drafts
-    elif student.noise:
+    x = student.net.embed(xt)
+    if student.reads_noise and not student.is_draft:
         x = torch.where(is_masked, student.embed_noise(xi.softmax(dim=-1)), x)
-    h = student.net(x + student.embed_pos.weight, between=between)
+    add = add_drafts if student.is_draft else None
+    h = student.net(x + student.embed_pos.weight, add_drafts=add)
     logits = student.net.logits(h)                              # (B, L, V)
     logp = logits - logits.logsumexp(dim=-1, keepdim=True)
     # SUBS: what is not masked is carried over, as a distribution on its one token
@@ -104,7 +103,8 @@ def dense_loss(student, teacher, x0, t, key, same=None):
 
 
 def our_loss(student, teacher, x0, t, key):
-    return gd.student_loss(student, teacher, x0, t, gd.rng(*key, device=x0.device))
+    labeller = teacher if student.reads_noise else None
+    return gd.student_loss(student, labeller, x0, t, gd.rng(*key, device=x0.device))
 
 
 @torch.no_grad()
@@ -131,6 +131,17 @@ NARROW = dict(n_layer=4, n_head=2, n_embd=32)               # to count what is V
 TINY = dict(NARROW, seq_len=16, vocab_size=512)             # for tests
 
 
+def shape(size):
+    """The shape that "12x768" names, layers x width, with heads of 64: a dict."""
+    try:
+        n_layer, n_embd = map(int, size.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{size!r}: layers x width, like 12x768") from None
+    if n_layer < 1 or n_embd < 64 or n_embd % 64:
+        raise argparse.ArgumentTypeError(f"{size!r}: the width must be a multiple of 64")
+    return dict(n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd)
+
+
 def build(model, side, args, vocab_size=50257, **shape):
     """Config, vocabulary, teacher and student. The student is None where `model` is "teacher"."""
     cfg = gd.resolve(gd.Config(dataset="lm1b", batch_size=args.batch_size, grad_accum=1,
@@ -141,8 +152,8 @@ def build(model, side, args, vocab_size=50257, **shape):
     if model == "teacher":
         return cfg, words, teacher, None
     teacher.eval().requires_grad_(False)
-    student = gd.Student(cfg, model, vocab_size).to(args.device)
-    if side == "dense" and student.noise and not student.is_draft:
+    student = gd.new_student(cfg, model, vocab_size).to(args.device)
+    if side == "dense" and student.reads_noise and not student.is_draft:
         table = student.embed_noise.data                        # (V, C)
         del student.embed_noise
         student.embed_noise = nn.Linear(*table.shape, bias=False, device=args.device)
@@ -159,24 +170,25 @@ def make_batch(i, cfg, words):
 
 def measure(model, side, args):
     """Train a model for args.steps steps; returns what the table shows, as a dict.
-    model: one of MODELS;  side: "ours" or "dense";  args: device, dtype, batch_size, steps, tiny"""
+    model: one of MODELS;  side: "ours" or "dense"
+    args: device, dtype, batch_size, steps, size (as shape returns it) and tiny"""
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.set_float32_matmul_precision("high")              # as in training
     base = memory(args.device)
-    cfg, words, teacher, student = build(model, side, args, **(TINY if args.tiny else {}))
+    cfg, words, teacher, student = build(model, side, args, **(TINY if args.tiny else args.size))
     trained = student or teacher
     optimizer = torch.optim.AdamW(trained.parameters(), lr=cfg.lr, fused=True)
     if args.device == "cuda":
         for m in {teacher, trained}:
-            gd.compile_blocks(m)
+            gd.compile_layers(m)
 
     def step(i):
         x0, t = make_batch(i, cfg, words)
         key = ("bench", i)
         with torch.autocast(args.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             same = None
-            if i == 0 and side == "dense" and student and student.noise:
+            if i == 0 and side == "dense" and student and student.reads_noise:
                 same = our_noise(student, teacher, x0, t, key)
             torch.manual_seed(i)                                # for dropout
             loss = loss_of(side, student, teacher, x0, t, key, same)
@@ -195,6 +207,7 @@ def measure(model, side, args):
         start = time.perf_counter()
         step(i)
         times.append(time.perf_counter() - start)
+    torch.set_float32_matmul_precision("highest")
     seconds = statistics.median(times)
     n_trained = sum(p.numel() for p in trained.parameters())
     n_teacher = sum(p.numel() for p in teacher.parameters()) if student else 0
@@ -217,7 +230,7 @@ def flops_a_token(student, teacher):
 
     if student is None:
         return 6 * n_multiplied(teacher)
-    return 6 * n_multiplied(student) + (2 * n_multiplied(teacher) if student.noise else 0)
+    return 6 * n_multiplied(student) + (2 * n_multiplied(teacher) if student.reads_noise else 0)
 
 
 class Count(TorchDispatchMode):
@@ -270,6 +283,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64 if gpu else 4)
     parser.add_argument("--steps", type=int, default=20 if gpu else 5, help="timed steps")
     parser.add_argument("--model", default="gumbel", choices=MODELS, help="gumbel is the paper's")
+    parser.add_argument("--size", type=shape, default="12x768", help="layers x width (12x768)")
     parser.add_argument("--count", action="store_true", help="V-wide bytes and products instead")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, for tests")
     parser.add_argument("--side", help=argparse.SUPPRESS)

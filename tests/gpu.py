@@ -1,16 +1,19 @@
-"""What a card does: checks against the CPU, speed, and the hours of a whole run.
+"""What a card does: checks against the CPU, speed, and a short training with a judged table.
 
-    python tests/gpu.py                                        # meant for 5 minutes on an H100
+    python tests/gpu.py                                        # check and speed: 4 minutes
+    python tests/gpu.py --only check                           # or speed, text, train: one part
+    python tests/gpu.py --only train --minutes 6 --train-files 'lm1b/*'
     python tests/gpu.py --device cpu --tiny                    # the script itself, in seconds
-    python tests/gpu.py --minutes 60 --train-files 'lm1b/*'    # then train, and judge the texts
 
 1. check   The card computes what the CPU computes. Weights and draws are made on the CPU and copied
            to the card, because the two have different generators.
-2. speed   Training at the shapes of LM1B beside the dense form of tests/bench.py, and sampling.
-3. hours   What the default runs on lm1b and owt would take, and how many sequences fit at once.
-4. train   With --minutes: a teacher, three students, and a second teacher as the judge. The judge
-           learns from every second file, the others from the rest.
+2. speed   Training at the shapes of LM1B beside the dense form of tests/bench.py, sampling, and
+           what the default runs on lm1b and owt would take.
+3. text    Tokenises the files of part 4, which train does itself where it was not done before.
+4. train   With --train-files: a teacher, three students, and a second teacher as the judge. The
+           judge learns from every third file, the others from the rest.
 
+Each part writes its rows to OUT_DIR/PART.json as it goes: a part that is killed leaves what it has.
 The exit status is 1 if a check failed.
 """
 
@@ -19,11 +22,13 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import importlib.util
 import io
 import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,14 +37,15 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bench  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
-import sample  # noqa: E402
-from data import COLUMNS, PRESETS, UserError, find_files, print_table, run_cli  # noqa: E402
-from data import token_entropy  # noqa: E402
+from config import COLUMNS, HAS_GPU, ORDERS, PRESETS, UserError, flag  # noqa: E402
+from config import print_table, run_cli  # noqa: E402
+from data import find_files, show, token_entropy  # noqa: E402
 
 V, L = 512, 32
 SMALL = dict(n_layer=4, n_head=2, n_embd=64, seq_len=L, dropout=0.0)
@@ -47,11 +53,38 @@ STUDENTS = [("mdlm", L), ("gumbel", L), ("gumbel-draft", L), ("bd3lm", 8), ("gum
 
 
 def free(args):
-    """Give back the memory of models that are gone, and forget what was compiled for them."""
+    """Give back the memory of models that are gone."""
     gc.collect()
     if args.device == "cuda":
         torch.cuda.empty_cache()
-        torch.compiler.reset()          # else too many variants of one Block end compilation
+
+
+def forget_compiled(args):
+    """All layers share one code, and torch compiles at most 8 variants of a code: a part whose
+    shapes are its own begins anew."""
+    free(args)
+    torch.compiler.reset()
+
+
+def record(args, part, row):
+    """Add a row (a dict) to OUT_DIR/PART.json, which is whole at any moment."""
+    path = Path(args.out_dir, f"{part}.json")
+    rows = args.rows.setdefault(part, [])
+    rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(rows, indent=1))
+    path.with_suffix(".tmp").replace(path)
+
+
+def wait(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def n_variants():
+    """How many graphs were compiled so far, and how many breaks they have."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 # -----------------------------------------------------------------------------
@@ -63,7 +96,7 @@ def small_models(name, block_size, args):
     cfg = gd.resolve(gd.Config(dataset="lm1b", device="cpu", block_size=block_size, **SMALL))
     torch.manual_seed(args.seed)
     models = [gd.Teacher(cfg, bench.Words(V))]
-    models.append(None if name == "teacher" else gd.Student(cfg, name, V))
+    models.append(None if name == "teacher" else gd.new_student(cfg, name, V))
     for model in filter(None, models):
         for part, p in model.named_parameters():
             p.data *= 3 if p.dim() == 2 and "qkv" not in part else 1
@@ -95,7 +128,7 @@ def loss_and_gradient(models, block_size, device, dtype, args):
         teacher.to(device).requires_grad_(False)
     if device == "cuda" and dtype == "bfloat16":
         for model in {teacher, trained}:
-            gd.compile_blocks(model)
+            gd.compile_layers(model)
     g = gd.rng(args.seed, "batch")
     x0 = torch.randint(V, (16, L), generator=g).to(device)
     t = gd.stratified_times(torch.rand(16, L // block_size, generator=g)).to(device)
@@ -127,10 +160,10 @@ def check_samplers(args):
         teacher, student = small_models(name, block_size, args)
         xi, u = gd.sequence_noise(args.seed, torch.arange(32), L, teacher)
         there = on_device(student, args)
-        for order in gd.ORDERS:
-            how = dict(nfe=4, order=order, temperature=0.0)
-            x = gd.sample(student.eval(), xi, u, **how)
-            same = gd.sample(there, xi.to(args.device), u.to(args.device), **how).cpu()
+        for order in ORDERS:
+            how = dict(nfe=8, order=order, temperature=0.0)
+            x = student.eval().write(xi, u, **how)
+            same = there.write(xi.to(args.device), u.to(args.device), **how).cpu()
             differ = (x != same).double().mean().item()
             yield f"texts of {name} {block_size}, {order}", differ, 0.01
     x = gd.serial_extraction(teacher.eval(), xi)
@@ -153,15 +186,22 @@ def check_posterior(args):
 
 def check_tail(args):
     """The largest of n draws lies within 3 of log n, but once in 1e9. On a card this is beyond 17.
-    (Noise from torch.rand in float32 would end at 16.6.)"""
+    (Noise from torch.rand in float32 would end at 16.6.) torch's own exponential_ stands beside."""
     n_pieces, n = (1, 2**21) if args.device == "cpu" else (16, 2**25)
     g = gd.rng(args.seed, "tail", device=args.device)
     largest = max(gd.sample_gumbel((n,), g).max().item() for _ in range(n_pieces))
+    E = torch.empty(n, device=args.device)
+    smallest = min(E.exponential_(generator=g).min().item() for _ in range(n_pieces))
+    note = dict(name=f"smallest of {n_pieces * n} draws of Exp(1)", ours=math.exp(-largest),
+                exponential_=smallest)
+    print("{name}: ours {ours:.1e}, exponential_ {exponential_:.1e}".format(**note))
+    record(args, "check", note)
     yield f"noise, largest draw ({largest:.2f}) below log n", math.log(n_pieces * n) - largest, 3
 
 
 def check_exact(args):
     """Exact mode writes the teacher's own text; at a near-tie float32 rounds either way."""
+    import sample
     teacher, student = small_models("gumbel-draft", L, args)
     models = on_device(student, args), on_device(teacher, args)
     _, report = sample.compare_exact(*models, 64, L, args.seed)
@@ -197,9 +237,21 @@ def last_losses(folder):
 
 
 def check_resume(args):
-    """A run stopped in its student goes on from the checkpoint, and ends as one that was not."""
+    """A run stopped in its student goes on from the checkpoint, and ends as one that was not.
+    The first run counts what is compiled: after the second validation of a model nothing is."""
+    variants, real = [], gd.validation_loss
+
+    def validation_loss(*of):
+        loss = real(*of)
+        variants.append(n_variants())
+        return loss
     with tempfile.TemporaryDirectory() as folder:
-        whole = maze_losses(args, f"{folder}/whole")
+        with mock.patch.object(gd, "validation_loss", validation_loss):
+            whole = maze_losses(args, f"{folder}/whole")
+        n = MAZE["max_steps"] // MAZE["eval_every"]             # validations of a model
+        for model, counts in (("teacher", variants[:n]), ("gumbel-draft", variants[n:])):
+            yield f"variants compiled late for {model}", counts[-1][0] - counts[1][0], 0
+        yield f"graph breaks in {variants[-1][0]} variants", variants[-1][1], 0
         with contextlib.suppress(Stop):
             maze_losses(args, f"{folder}/cut", n_calls=MAZE["max_steps"] + 25)
         same = maze_losses(args, f"{folder}/cut")
@@ -219,7 +271,7 @@ def check_processes(args):
                 str(ROOT / "gumbel_distill.py"), "--out-dir", f"{folder}/two"]
         for setting, value in MAZE.items():
             values = value if isinstance(value, list) else [value]
-            call += [gd.flag(setting), *map(str, values)]
+            call += [flag(setting), *map(str, values)]
         subprocess.run(call, check=True, stdout=subprocess.DEVNULL, timeout=300)
         yield name, (last_losses(f"{folder}/two") / one - 1).abs().max().item(), ROUNDING
 
@@ -232,27 +284,36 @@ def run_checks(args, checks=CHECKS):
     """Print one line for each result; returns how many failed. An exception is a failure."""
     n_failed = 0
     for check in checks:
+        forget_compiled(args)
+        start = time.perf_counter()
         try:
             for name, error, limit in check(args):
                 is_fine = error <= limit                        # not so for nan
                 n_failed += not is_fine
                 print(f"{name:52} error {error:8.1e}  limit {limit:7.1e}  "
                       f"{'ok' if is_fine else 'FAILED'}", flush=True)
+                record(args, "check", dict(name=name, error=error, limit=limit, ok=is_fine))
         except Exception as e:
             n_failed += 1
-            print(f"{check.__name__}: {type(e).__name__}: {str(e):.300}  FAILED", flush=True)
-        free(args)
+            failed = f"{check.__name__}: {type(e).__name__}: {str(e):.300}"
+            print(f"{failed}  FAILED", flush=True)
+            record(args, "check", dict(name=failed, ok=False))
+        print(f"({check.__name__} took {time.perf_counter() - start:.1f} s)", flush=True)
+    print(f"{n_failed} failed", flush=True)
     return n_failed
 
 
 # -----------------------------------------------------------------------------
 # 2. Speed
-SPEED_COLUMNS = {"model": "", "side": "", "tok_s": ",.0f", "s_step": ".4f", "share of peak": ".1%",
-                 "peak GiB": ".2f", "loss": ".4f", "ratio": ".2f", "note": ""}
+SPEED_COLUMNS = {"model": "", "side": "", "texts": "d", "tok_s": ",.0f", "s_step": ".4f",
+                 "share of peak": ".1%", "peak GiB": ".2f", "loss": ".4f", "ratio": ".2f",
+                 "variants": "d", "note": ""}
+PIECES = (32, 128, 256)         # sequences at once, beside the 64 of all other rows
 
 
-def speed_row(model, side, args):
-    row = dict(model=model, side=side)
+def speed_row(model, side, args, **more):
+    """Measure a training step; print and record its row."""
+    row = dict(model=model, side=side, texts=args.batch_size)
     try:
         r = bench.measure(model, side, args)
         row.update(tok_s=r["tok_s"], s_step=r["seconds"], loss=r["loss"])
@@ -262,7 +323,10 @@ def speed_row(model, side, args):
             row["share of peak"] = r["utilisation"]
     except torch.OutOfMemoryError:
         row["note"] = "out of memory"
+    row.update(more, variants=n_variants()[0])
     free(args)
+    print(json.dumps(row), flush=True)
+    record(args, "speed", row)
     return row
 
 
@@ -270,9 +334,11 @@ def training_speed(args):
     """Print a table of all models, ours and dense; returns the seconds a token of each model."""
     rows, seconds = [], {}
     for model in bench.MODELS:
-        ours, dense = [speed_row(model, side, args) for side in ("ours", "dense")]
+        ours = speed_row(model, "ours", args)
         if "note" in ours:
-            raise UserError(f"{model}: {args.batch_size} sequences do not fit on this card")
+            raise UserError(f"{model}: {args.batch_size} sequences do not fit on this card; take "
+                            "a smaller --size like 6x512")
+        dense = speed_row(model, "dense", args)
         if "tok_s" in dense:
             ours["ratio"] = ours["tok_s"] / dense["tok_s"]
         rows += [ours, dense]
@@ -281,28 +347,76 @@ def training_speed(args):
     return seconds
 
 
+def pieces_speed(args):
+    """MDLM at other numbers of sequences at once. The first other one compiles one more variant,
+    for all numbers."""
+    rows = [speed_row("mdlm", "ours", argparse.Namespace(**{**vars(args), "batch_size": n}))
+            for n in PIECES[:1 if args.tiny else None]]
+    print_table(rows, SPEED_COLUMNS)
+
+
+def median_ms(step, args, n=20):
+    """Milliseconds of a call, the median of n after 3 others."""
+    times = []
+    for _ in range(3 + n):
+        start = time.perf_counter()
+        step()
+        wait(args)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[3:])
+
+
+def output_layer_speed(args):
+    """The output layer and its loss, forward and backward. V = 50,257 leaves the rows of bfloat16
+    logits unaligned; 50,304 is a multiple of 64. Its last columns are cut off, or stay."""
+    M, C, n_words = (64, 32, 513) if args.tiny else (4096, args.size["n_embd"], 50257)
+    padded = math.ceil(n_words / 64) * 64
+    g = gd.rng("output", device=args.device)
+    target = torch.randint(n_words, (M,), generator=g, device=args.device)
+    for rows, kept, how in ((n_words, n_words, "as it is"), (padded, n_words, "padded, cut"),
+                            (padded, padded, "padded, kept")):
+        h = torch.randn(M, C, generator=g, device=args.device, requires_grad=True)
+        W = torch.randn(rows, C, generator=g, device=args.device) * 0.02
+        W.requires_grad_()
+
+        def step():
+            with torch.autocast(args.device, torch.bfloat16):
+                logits = F.linear(h, W)[:, :kept].float()
+                loss = F.cross_entropy(logits, target, reduction="none").mean()
+            loss.backward()
+            h.grad = W.grad = None
+        row = dict(model=f"output layer of {rows} rows, {how}", ms=median_ms(step, args))
+        print("{model}: {ms:.3f} ms".format(**row), flush=True)
+        record(args, "speed", row)
+        free(args)
+
+
 def built(model, args):
     """A model at the shapes that were measured: config, vocabulary, teacher, student."""
-    return bench.build(model, "ours", args, **(bench.TINY if args.tiny else {}))
+    return bench.build(model, "ours", args, **(bench.TINY if args.tiny else args.size))
 
 
 def sampling_speed(args):
     """Print how many texts a second random weights write, in float32 and not compiled."""
     cfg, _, teacher, student = built("gumbel-draft", args)
-    rows = []
     n = 4 if args.tiny else 20
-    for model, nfe in ((student, 4), (student, 16), (teacher, cfg.seq_len)):
-        settings = {} if model is teacher else dict(nfe=nfe)
+    for model, nfe, temperature in ((student, 4, 0.0), (student, 16, 0.0), (student, 16, 1.0),
+                                    (teacher, cfg.seq_len, None)):
+        settings = {} if model is teacher else dict(nfe=nfe, temperature=temperature)
         gd.generate(model.eval(), 1, cfg.seq_len, **settings)   # kernels are loaded
+        wait(args)
         start = time.perf_counter()
-        gd.generate(model, n, cfg.seq_len, **settings)[-1, -1].item()       # waits for a card
-        rows.append(dict(model=model.name, nfe=nfe, texts_s=n / (time.perf_counter() - start)))
-    print_table(rows, {"model": "", "nfe": "d", "texts_s": ".2f"})
+        gd.generate(model, n, cfg.seq_len, **settings)
+        wait(args)
+        row = dict(model=model.name, nfe=nfe, temperature=temperature,
+                   texts_s=n / (time.perf_counter() - start))
+        print("writing, {model}, nfe {nfe}, temperature {temperature}: {texts_s:.2f} texts a "
+              "second".format(**row), flush=True)
+        record(args, "speed", row)
 
 
-# -----------------------------------------------------------------------------
-# 3. Hours
 def print_hours(seconds):
+    """What the default runs take, from the seconds a token of each model."""
     for name in ("lm1b", "owt"):
         preset = PRESETS[name]
         n_tokens = preset["max_steps"] * preset["batch_size"] * preset["seq_len"]
@@ -311,18 +425,18 @@ def print_hours(seconds):
         print(f"--dataset {name}: {least}{sum(hours.values()):.1f} hours without evaluation ("
               + ", ".join(f"{model} {h:.1f}" for model, h in hours.items()) + ")")
     print("Both are reckoned from the seconds a token above. owt takes longer, because its texts "
-          f"have {PRESETS['owt']['seq_len']} tokens: attention costs more.")
+          f"have {PRESETS['owt']['seq_len']} tokens: attention costs more.", flush=True)
 
 
 def largest_piece(args):
     """How many sequences fit at once for gumbel-draft: doubled until the card is full."""
-    most = 8 if args.device == "cpu" else 1024
+    n, most = (1, 8) if args.device == "cpu" else (64, 1024)
     cfg, words, teacher, student = built("gumbel-draft", args)
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
     if args.device == "cuda":
         for model in (teacher, student):
-            gd.compile_blocks(model)
-    fits, n = 0, 1
+            gd.compile_layers(model)
+    fits = 0
     while n <= most:
         batch = bench.make_batch(0, dataclasses.replace(cfg, batch_size=n), words)
         try:
@@ -335,120 +449,285 @@ def largest_piece(args):
             break
         fits, n = n, 2 * n
     more = "" if n <= most else f" (no more than {most} were tried)"
-    print(f"gumbel-draft: {fits} sequences of {cfg.seq_len} tokens fit at once{more}")
+    print(f"gumbel-draft: {fits} sequences of {cfg.seq_len} tokens fit at once{more}", flush=True)
+    record(args, "speed", dict(model="gumbel-draft", fits=fits, tried=most))
+
+
+def run_speed(args):
+    print(f"{args.batch_size} sequences a step, {args.steps} steps")
+    forget_compiled(args)
+    seconds = training_speed(args)
+    output_layer_speed(args)
+    sampling_speed(args)
+    free(args)
+    print_hours(seconds)
+    pieces_speed(args)
+    largest_piece(args)
+    print("variants compiled: {}, graph breaks in them: {}".format(*n_variants()), flush=True)
 
 
 # -----------------------------------------------------------------------------
-# 4. Training for some minutes, and the judged table
-SHARES = {"teacher": 0.25, "judge": 0.15, "mdlm": 0.2, "gumbel": 0.2, "gumbel-draft": 0.2}
-TRAINING = 0.7                  # of the minutes; the rest is validation, compilation and the table
+# 3. and 4. Text, training for some minutes, and the judged table
+STUDENT_NAMES = ("mdlm", "gumbel", "gumbel-draft")
+TRAINING = 0.6                  # of the time left; the rest is validation, checkpoints, the table
+FIRST = {"teacher": 0.25, "judge": 0.1}     # of that; the students share the rest, in equal steps
+MOST_EPOCHS = 6                 # more would teach a teacher the text by heart
 
 
 def split_files(args):
-    """Globs of two folders with links to the training files, every second one in each."""
+    """Globs of two folders with links to the training files: two thirds, and the judge's third."""
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError("reading text needs the package datasets: pip install datasets")
+    if not args.train_files:
+        raise UserError("training needs --train-files, a quoted glob like 'lm1b/*'")
     val = find_files("--val-files", args.val_files) if args.val_files else []
     train = [p for p in find_files("--train-files", args.train_files) if p not in val]
-    shutil.rmtree(f"{args.out_dir}/files", ignore_errors=True)
     if len(train) < 2:
         raise UserError(f"--train-files {args.train_files}: {len(train)} file to train on; "
-                        "give two or more, half of them for the judge")
+                        "give two or more, of which a third is for the judge")
+    shutil.rmtree(f"{args.out_dir}/files", ignore_errors=True)
     for i, path in enumerate(train):
-        link = Path(args.out_dir, "files", "ab"[i % 2], f"{i:05d}-{os.path.basename(path)}")
+        half = "judge" if i % 3 == 1 else "teacher"
+        link = Path(args.out_dir, "files", half, f"{i:05d}-{os.path.basename(path)}")
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.abspath(path))
-    return [f"{args.out_dir}/files/{half}/*" for half in "ab"]
+    return {half: f"{args.out_dir}/files/{half}/*" for half in ("teacher", "judge")}
 
 
-def planned_steps(args, seconds, n_tokens):
-    """Steps of each model from the measured seconds a token. They are kept in a file, so that
-    the same command goes on with the same steps."""
-    path, steps = Path(args.out_dir, f"plan-{args.minutes:g}-minutes.json"), {}
+def training_config(args, files):
+    if args.tiny:
+        how = dict(bench.NARROW, tokenizer="gpt2-1024", seq_len=16, batch_size=8, grad_accum=1,
+                   n_samples=8, nfe=[2, 4])
+    else:
+        # half of the preset's batch: a short training needs steps more than tokens a step
+        how = dict(args.size, batch_size=128, grad_accum=1, n_samples=args.samples,
+                   nfe=[1, 4, 16, 64])
+    return gd.resolve(gd.Config(
+        dataset="lm1b", train_files=files["teacher"], val_files=args.val_files, lr=1e-3,
+        warmup=100, schedule="cosine", seed=args.seed, device=args.device, dtype=args.dtype,
+        compile=args.device == "cuda", out_dir=args.out_dir, **how))
+
+
+def load_texts(args, cfg, files):
+    """The text of teacher and students, and that of the judge."""
+    start = time.perf_counter()
+    text = gd.load_data(cfg)
+    judge_text = gd.load_data(dataclasses.replace(cfg, train_files=files["judge"]))
+    print(f"text: {len(text.train):,} tokens, {len(judge_text.train):,} for the judge, "
+          f"{len(text.val):,} to validate on, in {time.perf_counter() - start:.1f} s", flush=True)
+    return text, judge_text
+
+
+def seconds_a_step(model, loss_fn, data, cfg):
+    """Time of an optimiser step of `train`, compiled as there."""
+    model.to(cfg.device).train()
+    ema = copy.deepcopy(model)
+    if cfg.compile:
+        gd.compile_layers(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def step():
+        gd.backward(model, loss_fn, data, cfg, step=0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for average, p in zip(ema.parameters(), model.parameters()):
+                average.lerp_(p, 0.1)
+    return median_ms(step, cfg, n=4) / 1e3
+
+
+def measured_seconds(args, cfg, text):
+    """Seconds a step of the teacher and of the students. The layers that this compiles are those
+    of the training: all layers share one code."""
+    torch.set_float32_matmul_precision("high")
+    teacher = gd.Teacher(cfg, text.tokenizer)
+    seconds = {"teacher": seconds_a_step(teacher, gd.teacher_loss, text, cfg)}
+    teacher.eval().requires_grad_(False)
+
+    def loss_fn(model, x0, t, generator, index=None):
+        return bench.loss_of("ours", model, teacher, x0, t, ("measured", 0))
+    for name in STUDENT_NAMES:
+        student = gd.new_student(cfg, name, teacher.vocab_size)
+        seconds[name] = seconds_a_step(student, loss_fn, text, cfg)
+        del student
+        free(args)
+    return seconds
+
+
+def planned_steps(args, plan, names, time_left, seconds, most):
+    """Equal steps of models that are trained in time_left, at most `most`. They are kept in a file,
+    so that the same command goes on with the same steps."""
+    path = Path(args.out_dir, f"plan-{args.minutes:g}-minutes.json")
     if path.exists():
-        return json.loads(path.read_text())
-    for name, share in SHARES.items():
-        a_step = n_tokens * seconds["teacher" if name == "judge" else name]
-        steps[name] = max(1, int(TRAINING * share * 60 * args.minutes / a_step))
-    path.write_text(json.dumps(steps))
-    return steps
+        plan.update(json.loads(path.read_text()))
+    if names[0] not in plan:
+        a_step = sum(seconds["teacher" if name == "judge" else name] for name in names)
+        n = max(10, int(min(most, time_left / a_step)))
+        plan.update(dict.fromkeys(names, n))
+        path.write_text(json.dumps(plan))
+    return plan[names[0]]
 
 
-def train_and_judge(args, halves, seconds):
+def judged(judge, x):
+    """exp of the judge's mean -log p of texts x (N, T), ends of text and first tokens apart."""
+    total = count = 0.0
+    for index in gd.sampling_batches(len(x), x.size(1), judge.vocab_size):
+        rows = x[index]
+        with torch.no_grad():
+            nll = -judge(rows).gather(-1, rows[..., None])[:, 1:, 0]
+        is_scored = rows[:, 1:] != judge.bos_id
+        total += (nll * is_scored).sum().item()
+        count += is_scored.sum().item()
+    return math.exp(total / max(1, count))
+
+
+def last_validation(folder, model):
+    with open(f"{folder}/log.jsonl") as f:
+        return [row for row in map(json.loads, f) if row["model"] == model][-1]
+
+
+def run_train(args, files):
     """Train teacher, judge and students; print and save the table."""
-    small = dict(bench.NARROW, tokenizer="gpt2-1024", seq_len=16, batch_size=8, grad_accum=1,
-                 n_samples=8, nfe=[2, 4]) if args.tiny else dict(grad_accum=4, n_samples=128)
-    base = gd.resolve(gd.Config(
-        dataset="lm1b", train_files=halves[0], val_files=args.val_files, schedule="cosine",
-        seed=args.seed, device=args.device, dtype=args.dtype, compile=args.device == "cuda",
-        out_dir=args.out_dir, **small))
-    steps = planned_steps(args, seconds, base.batch_size * base.seq_len)
-    print("steps: " + ", ".join(f"{name} {n}" for name, n in steps.items()))
+    base = training_config(args, files)
+    text, judge_text = load_texts(args, base, files)
+    forget_compiled(args)
+    start, budget, plan = time.perf_counter(), 60 * args.minutes, {}
 
-    def settings(name, **more):
-        n = steps[name]
-        return dataclasses.replace(base, max_steps=n, eval_every=math.ceil(n / 10),
+    def left():
+        return budget - (time.perf_counter() - start)
+
+    seconds = measured_seconds(args, base, text)
+    print("seconds a step: " + ", ".join(f"{name} {s:.4f}" for name, s in seconds.items())
+          + f"; measured and compiled in {budget - left():.0f} s", flush=True)
+    tokens_a_step = base.batch_size * base.seq_len
+
+    def settings(name, n, **more):
+        return dataclasses.replace(base, max_steps=n, eval_every=math.ceil(n / 3),
                                    warmup=min(base.warmup, n // 10), **more)
 
-    text = gd.load_data(base)
-    teacher = gd.get_teacher(settings("teacher"), text)
-    free(args)
-    print("the judge, on the other files:")
-    cfg = settings("judge", train_files=halves[1], out_dir=f"{args.out_dir}/judge")
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    judge = gd.get_teacher(cfg, gd.load_data(cfg))
-    students = []
-    for name in ("mdlm", "gumbel", "gumbel-draft"):
+    def report(model, folder, what):
         free(args)
-        students.append(gd.get_student(name, settings(name), teacher, text))
+        row = last_validation(folder, model.name)
+        print(f"{model.name}: {what} {row['val']:.4f} nats a token, {row['tok_s']:,.0f} tokens a "
+              f"second with validations; {left():.0f} s left, "
+              "variants compiled {}, graph breaks {}".format(*n_variants()), flush=True)
+        record(args, "training", dict(row, what=what, folder=str(folder)))
 
-    def judged(x):
-        total, count = [each.sum().item() for each in sample.teacher_nll(x, judge)]
-        return {"gen_ppl": math.exp(total / max(1, count))}
+    training = TRAINING * left()
+    most = MOST_EPOCHS * len(text.train) / tokens_a_step
+    n = planned_steps(args, plan, ["teacher"], FIRST["teacher"] * training, seconds, most)
+    teacher = gd.get_teacher(settings("teacher", n), text)
+    report(teacher, args.out_dir, "validation NLL")
+    most = MOST_EPOCHS * len(judge_text.train) / tokens_a_step
+    n = planned_steps(args, plan, ["judge"], FIRST["judge"] * training, seconds, most)
+    cfg = settings("judge", n, out_dir=f"{args.out_dir}/judge")
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    print("the judge, on the other files:")
+    judge = gd.get_teacher(cfg, judge_text)
+    report(judge, cfg.out_dir, "validation NLL of the judge")
 
-    text.judge = judged                                         # gd.evaluate asks it for its scores
-    real = text.val_rows(base.n_samples).to(args.device)
-    rows = [{"model": "real text", **judged(real), "entropy": token_entropy(real)}]
-    rows += gd.evaluate(teacher, students, text, base)
-    print_table(rows, {**sample.EVAL_COLUMNS, **COLUMNS})
-    Path(args.out_dir, "results.json").write_text(json.dumps(rows, indent=1))
+    rows, printed = [], Path(args.out_dir, "samples.txt").open("w")
+
+    def write_down(name, x, **about):
+        """Judge texts, and keep the first ten of them."""
+        row = dict(model=name, **about, gen_ppl=judged(judge, x), entropy=token_entropy(x))
+        if name != "real text":
+            row.update(gd.compare_with_teacher(x, teacher_text, teacher, base.seed))
+        rows.append(row)
+        record(args, "train", row)
+        print(json.dumps(row), f"{left():.0f} s left", flush=True)
+        title = ", ".join(f"{key} {value}" for key, value in about.items())
+        lines = [show(ids, base.dataset, text.tokenizer).replace("\n", " ")
+                 for ids in x[:10].cpu()]
+        printed.write(f"== {name}, {title}\n" + "\n".join(lines) + "\n")
+        printed.flush()
+        return lines
+
+    def print_lines(name, lines):
+        print(f"{name} writes:" if name != "real text" else "real text:")
+        for line in lines:
+            print(f"  {line:.160}")
+
+    def write_texts(student, temperature):
+        cfg = dataclasses.replace(base, temperature=[temperature])
+        for how in gd.sampler_settings(student, cfg):
+            x = gd.generate(student, base.n_samples, base.seq_len, base.seed, **how)
+            about = {key: how[key] for key in ("nfe", "temperature")}
+            lines = write_down(student.name, x, **about)
+        print_lines(f"{student.name}, nfe {about['nfe']}, temperature {temperature:g},", lines)
+
+    teacher_text = gd.generate(teacher, base.n_samples, base.seq_len, base.seed)
+    print_lines("real text",
+                write_down("real text", text.val_rows(base.n_samples).to(args.device)))
+    print_lines("teacher", write_down("teacher", teacher_text, nfe=base.seq_len))
+    write_down("teacher, other noise", teacher_text.roll(1, 0))
+    n = planned_steps(args, plan, STUDENT_NAMES, TRAINING * left(), seconds, math.inf)
+    students = []
+    for name in STUDENT_NAMES:
+        torch.manual_seed(base.seed)
+        student = gd.new_student(base, name, teacher.vocab_size)
+        students.append(gd.get_student(student, settings(name, n), teacher, text))
+        report(students[-1], args.out_dir, "NELBO" if name == "mdlm" else "validation loss")
+        write_texts(students[-1], 0.0)
+        before = left()
+        write_texts(students[-1], 1.0)
+    a_block = before - left()                                   # seconds
+    for student in students:
+        if left() > a_block:
+            write_texts(student, 0.7)
+    print_table(rows, {"model": "", "gen_ppl": ".1f", **COLUMNS})
+    print(f"all in {time.perf_counter() - start:.0f} s after the text was read", flush=True)
 
 
 # -----------------------------------------------------------------------------
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["check", "speed", "text", "train"], help="one part; "
+                        "without it check, speed and, with --train-files, train")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--size", type=bench.shape, help="layers x width (speed 12x768, train "
+                        "6x512)")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to try the script itself")
-    parser.add_argument("--minutes", type=float, help="then train on LM1B for so long in all")
-    parser.add_argument("--train-files", help="with --minutes: a quoted glob of two files or more")
-    parser.add_argument("--val-files", help="or the last 10%% of each half of the training text")
-    parser.add_argument("--out-dir", default="out/gpu", help="what --minutes trains (out/gpu)")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of part 4 in all (6)")
+    parser.add_argument("--samples", type=int, default=100, help="texts a row of its table (100)")
+    parser.add_argument("--train-files", help="of part 4: a quoted glob of two files or more")
+    parser.add_argument("--val-files", help="or the last 10%% of each part of the training text")
+    parser.add_argument("--out-dir", default="out/gpu", help="for all that is written (out/gpu)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.device == "cuda" and not gd.HAS_GPU:
+    if args.device == "cuda" and not HAS_GPU:
         raise UserError("no CUDA card here; install a CUDA build of torch, or try the script "
                         "with --device cpu --tiny")
-    if args.minutes is not None and not (args.minutes > 0 and args.train_files):
-        raise UserError(f"--minutes {args.minutes:g} must be above 0, and needs --train-files, "
-                        "a quoted glob like 'lm1b/*'")
-    halves = split_files(args) if args.minutes else None        # complains now, not in five minutes
+    if args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes:g}: must be above 0")
+    parts = [args.only] if args.only else ["check", "speed"] + ["train"] * bool(args.train_files)
+    files = None
+    if "text" in parts or "train" in parts:
+        files = split_files(args)                               # complains now, not in five minutes
+    size, args.rows = args.size, {}
     args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     args.batch_size, args.steps = (8, 3) if args.tiny else (64, 10)
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{card} | torch {torch.__version__} | training in {args.dtype}")
-
-    print("\n1. Checks")
-    n_failed = run_checks(args)
-    print(f"\n2. Speed: {args.batch_size} sequences a step")
-    seconds = training_speed(args)
-    print()
-    sampling_speed(args)
-    free(args)
-    print("\n3. Hours")
-    print_hours(seconds)
-    largest_piece(args)
-    free(args)
-    if args.minutes:
-        print(f"\n4. Training for {args.minutes:g} minutes")
-        train_and_judge(args, halves, seconds)
+    n_failed = 0
+    for part in parts:
+        args.size = size or bench.shape("6x512" if part in ("text", "train") else "12x768")
+        print(f"\n{part}", flush=True)
+        start = time.perf_counter()
+        try:
+            if part == "check":
+                n_failed = run_checks(args)
+            if part == "speed":
+                run_speed(args)
+            if part == "text":
+                load_texts(args, training_config(args, files), files)
+            if part == "train":
+                run_train(args, files)
+        except torch.OutOfMemoryError as e:
+            raise UserError(f"{part}: does not fit on this card; take a smaller --size like 6x512 "
+                            f"({e!r:.99})") from e
+        print(f"{part} took {time.perf_counter() - start:.1f} s", flush=True)
     if n_failed:
         sys.exit(f"{n_failed} of the checks failed")
 

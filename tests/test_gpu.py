@@ -1,10 +1,11 @@
 """The script for a card, tried on the CPU.   python -m pytest tests/test_gpu.py"""
 
 import argparse
+import json
 import os
-import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ import torch.nn.functional as F
 import bench
 import gpu
 import gumbel_distill as gd
-import sample
-from conftest import ROOT
+from config import HAS_GPU
+from conftest import CPU, ROOT
 
-ARGS = argparse.Namespace(device="cpu", dtype="float32", tiny=True, seed=0)
+
+@pytest.fixture
+def args(tmp_path):
+    return argparse.Namespace(device="cpu", dtype="float32", tiny=True, seed=0, rows={},
+                              out_dir=str(tmp_path / "rows"), batch_size=8, steps=1)
 
 
 def run(folder, *flags):
@@ -25,26 +30,42 @@ def run(folder, *flags):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def part(out, title):
-    """The lines of one numbered part of what was printed."""
-    return re.search(rf"^\d\. {title}.*\n((?:(?!\d\. ).*\n?)*)", out, re.M)[1].strip().splitlines()
+def rows(folder, part):
+    return json.loads((folder / f"{part}.json").read_text())
 
 
-def test_every_part_runs_and_every_check_holds(tmp_path):
-    done = run(tmp_path, "--device", "cpu", "--tiny")
+def test_every_check_holds(tmp_path):
+    done = run(tmp_path, "--device", "cpu", "--tiny", "--only", "check", "--out-dir", "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = [row for row in rows(tmp_path / "out", "check") if "ok" in row]
+    assert len(checks) > 40 and all(row["ok"] for row in checks)
+    assert done.stdout.count("skipped") == 1                    # that of two cards
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["check.json"]
+
+
+def test_speed_is_measured_for_all_models(tmp_path):
+    done = run(tmp_path, "--device", "cpu", "--tiny", "--only", "speed", "--out-dir", "out")
     assert done.returncode == 0, done.stderr
-    checks = part(done.stdout, "Checks")
-    assert len(checks) > 40
-    assert all(line.endswith("  ok") or "skipped" in line for line in checks), checks
-    assert sum("skipped" in line for line in checks) == 1       # that of two cards
-    rows = [line.split()[:2] for line in part(done.stdout, "Speed")]
-    assert all([model, side] in rows for model in bench.MODELS for side in ("ours", "dense"))
-    hours = "\n".join(part(done.stdout, "Hours"))
-    assert "lm1b" in hours and "owt" in hours and "gumbel-draft: 8 sequences" in hours
-    assert not list(tmp_path.iterdir())                         # it leaves nothing behind
+    measured = [(row["model"], row.get("side")) for row in rows(tmp_path / "out", "speed")]
+    assert set(measured) >= {(model, side) for model in bench.MODELS for side in ("ours", "dense")}
+    for said in ("lm1b", "owt", "gumbel-draft: 8 sequences"):
+        assert said in done.stdout
 
 
-@pytest.mark.skipif(gd.HAS_GPU, reason="there is a card")
+def test_a_part_that_is_killed_leaves_its_rows(args, monkeypatch):
+    """The third model is the last straw; what was measured before stands in the file."""
+    def measure(model, side, _):
+        if model == "gumbel":
+            raise KeyboardInterrupt
+        return dict(tok_s=1000.0, seconds=0.5, loss=6.0)
+    monkeypatch.setattr(bench, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_speed(args)
+    assert [row["model"] for row in rows(Path(args.out_dir), "speed")] == 2 * ["teacher"] + 2 * [
+        "mdlm"]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a card")
 def test_without_a_card_the_cure_is_named(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: no CUDA card here")
@@ -57,8 +78,21 @@ def test_training_without_two_files_is_refused_at_once(cli, tmp_path, monkeypatc
     for flags, said in (([], "--train-files"), (["--train-files", "none/*"], "none/*"),
                         (["--train-files", tmp_path], tmp_path.name),
                         (["--train-files", "one.txt"], "one.txt")):
-        status, out, err = cli(gpu.main, "--device", "cpu", "--tiny", "--minutes", 1, *flags)
+        status, out, err = cli(gpu.main, "--device", "cpu", "--tiny", "--only", "train", *flags)
         assert status == 1 and err.startswith("error: ") and said in err and out == "", err
+
+
+def test_without_datasets_and_on_too_small_a_card_the_cure_is_named(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def measure(*of):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(bench, "measure", measure)
+    status, _, err = cli(gpu.main, "--device", "cpu", "--tiny", "--only", "speed")
+    assert status == 1 and err.startswith("error: ") and "--size" in err
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    status, _, err = cli(gpu.main, "--device", "cpu", "--only", "text", "--train-files", "x")
+    assert status == 1 and err.startswith("error: ") and "pip install datasets" in err
 
 
 def every_second_time(change):
@@ -90,25 +124,63 @@ def without_gradient(real):
     (gpu.check_posterior, gd, "posterior_gumbel",
      lambda real: lambda logp, x0, g: gd.sample_gumbel(logp.shape, g)),
     (gpu.check_posterior, gd, "posterior_gumbel", lambda real: lambda *args: real(*args) + 0.01),
-    (gpu.check_tail, gd, "sample_gumbel", lambda real: lambda *args: real(*args).clamp(max=10)),
-    (gpu.check_exact, sample, "draft_and_verify",
-     lambda real: lambda *args: (real(*args)[0].roll(1), real(*args)[1]))])
-def test_a_check_can_fail(check, where, name, wrap, monkeypatch, capsys):
+    (gpu.check_tail, gd, "sample_gumbel", lambda real: lambda *args: real(*args).clamp(max=10))])
+def test_a_check_can_fail(check, where, name, wrap, args, monkeypatch, capsys):
     monkeypatch.setattr(where, name, wrap(getattr(where, name)))
-    assert gpu.run_checks(ARGS, [check]) > 0 and "FAILED" in capsys.readouterr().out
+    assert gpu.run_checks(args, [check]) > 0 and "FAILED" in capsys.readouterr().out
+    assert not all(row["ok"] for row in rows(Path(args.out_dir), "check") if "ok" in row)
 
 
-def test_a_dense_side_that_needs_too_much_memory_is_a_row(monkeypatch, capsys):
+def test_the_check_of_exact_mode_can_fail(args, monkeypatch, capsys):
+    import sample
+    real = sample.draft_and_verify
+    monkeypatch.setattr(sample, "draft_and_verify",
+                        lambda *of: (real(*of)[0].roll(1), real(*of)[1]))
+    assert gpu.run_checks(args, [gpu.check_exact]) == 1
+    assert "texts that are not the serial ones" in capsys.readouterr().out
+
+
+def compile_without_code(model):
+    """torch.compile's front end alone: it sees what would be compiled, in a second."""
+    for layer in model.net.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("how", [{}, dict(block_size=5)])
+def test_nothing_is_compiled_after_the_first_validation(how, tmp_path, monkeypatch):
+    """Though the number of masked tokens changes every step. Of the 45 validation texts the last
+    piece is a smaller one."""
+    monkeypatch.setattr(gd, "compile_layers", compile_without_code)
+    monkeypatch.setattr(gd.Data, "val_rows", lambda data, n, real=gd.Data.val_rows: real(data, 45))
+    torch.compiler.reset()
+    variants, real = [], gd.validation_loss
+
+    def validation_loss(*of):
+        loss = real(*of)
+        variants.append(gpu.n_variants())
+        return loss
+    monkeypatch.setattr(gd, "validation_loss", validation_loss)
+    before = gpu.n_variants()
+    settings = dict(CPU, batch_size=8, max_steps=6, eval_every=2, n_samples=2, nfe=[2], dropout=0.1,
+                    dtype="bfloat16", out_dir=str(tmp_path))
+    gd.run(gd.Config(**{**settings, **how, "compile": True}))
+    of_models = [variants[i:i + 3] for i in range(0, len(variants), 3)]
+    assert len(of_models) == 4 and all(len(set(counts)) == 1 for counts in of_models)
+    assert 3 <= variants[-1][0] - before[0] <= 6 and variants[-1][1] == before[1]
+
+
+def test_a_dense_side_that_needs_too_much_memory_is_a_row(args, monkeypatch, capsys):
     def measure(model, side, args):
         if side == "dense":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return dict(tok_s=1000.0, seconds=0.5, loss=6.0)
     monkeypatch.setattr(bench, "measure", measure)
-    assert gpu.training_speed(ARGS) == dict.fromkeys(bench.MODELS, 0.001)
-    assert capsys.readouterr().out.count("out of memory") == len(bench.MODELS)
+    assert gpu.training_speed(args) == dict.fromkeys(bench.MODELS, 0.001)
+    assert capsys.readouterr().out.count("out of memory") == 2 * len(bench.MODELS)
 
 
-def test_the_largest_piece_is_found_by_doubling(monkeypatch, capsys):
+def test_the_largest_piece_is_found_by_doubling(args, monkeypatch, capsys):
     real = bench.loss_of
 
     def loss_of(side, student, teacher, x0, *args):
@@ -116,26 +188,26 @@ def test_the_largest_piece_is_found_by_doubling(monkeypatch, capsys):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(side, student, teacher, x0, *args)
     monkeypatch.setattr(bench, "loss_of", loss_of)
-    gpu.largest_piece(argparse.Namespace(**vars(ARGS), batch_size=8))
+    gpu.largest_piece(args)
     assert capsys.readouterr().out.startswith("gumbel-draft: 2 sequences")
 
 
-def test_training_for_some_minutes_ends_in_a_judged_table(tmp_path, real_data, cli, monkeypatch):
-    """On two shards; the second call finds all models trained, and prints the same table."""
-    monkeypatch.setattr(gpu, "run_checks", lambda args: 0)
+def test_training_for_some_minutes_ends_in_a_judged_table(tmp_path, real_data, cli):
+    """On two shards; the second call finds all models trained, and judges as the first."""
     out, tables = tmp_path / "run", []
     for _ in range(2):
-        status, said, err = cli(gpu.main, "--device", "cpu", "--tiny", "--minutes", 0.1,
-                                "--train-files", real_data / "lm1b" / "*-0000[12]-of-*",
-                                "--out-dir", out)
+        status, said, err = cli(gpu.main, "--device", "cpu", "--tiny", "--only", "train",
+                                "--minutes", 0.05, "--out-dir", out,
+                                "--train-files", real_data / "lm1b" / "*-0000[12]-of-*")
         assert status == 0, err
-        tables.append(said[said.index("\nmodel ", said.index("4. Training")):])
-        models = {line.split()[0] for line in tables[-1].splitlines() if line}
-        assert models >= {"real", "teacher", "mdlm", "gumbel", "gumbel-draft"}
-    assert tables[0] == tables[1] and "gen_ppl" in tables[0]
+        tables.append([row for row in rows(out, "train") if row.get("temperature") != 0.7])
+        assert {row["model"] for row in tables[-1]} >= {"real text", "teacher", *gpu.STUDENT_NAMES}
+    assert tables[0] == tables[1] and all(row["gen_ppl"] > 1 for row in tables[0])
+    assert "NELBO" in said and "validation NLL" in said
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*.pt"))
     assert names == ["gumbel-draft.pt", "gumbel.pt", "judge/teacher.pt", "mdlm.pt", "teacher.pt"]
-    halves = [{path.resolve() for path in (out / "files" / half).iterdir()} for half in "ab"]
+    halves = [{path.resolve() for path in (out / "files" / half).iterdir()}
+              for half in ("teacher", "judge")]
     assert len(halves[0]) == len(halves[1]) == 1 and not halves[0] & halves[1]
 
 
