@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -40,30 +41,27 @@ def newest_student():
 
 
 def load_models(args):
-    """The checkpoints of --ckpt, or the newest student. They must have one kind of tokens and one
-    length. Flags that have the name of a setting replace the setting of the first checkpoint.
-
-    Returns: paths;  for each what load_model returns: model, tokenizer, saved;  a resolved Config
+    """The models of --ckpt (of the newest student without it), which must go together. Flags that
+    have the name of a setting replace that setting of the first one.
+    Returns: names like maze/gumbel;  models;  the first one's tokenizer and file;  a Config
     """
-    paths = args.ckpt or [newest_student()]
-    models = [load_model(path, "cpu") for path in paths]
-    _, tokenizer, saved = models[0]
-    seq_len = saved["config"].seq_len
-    for path, (_, other, other_saved) in zip(paths, models):
-        if other.state != tokenizer.state or other_saved["config"].seq_len != seq_len:
-            raise UserError(f"{path}: does not compare with {paths[0]}, which has other tokens or "
-                            "another length; name one of them only")
+    args.ckpt = args.ckpt or [newest_student()]
+    loaded = [load_model(path, "cpu") for path in args.ckpt]
+    _, tokenizer, saved = loaded[0]
     given = {name: value for name, value in vars(args).items()
              if hasattr(Config, name) and value is not None}
     cfg = resolve(dataclasses.replace(saved["config"], grad_accum=1, **given))
-    for model, _, _ in models:
-        model.to(cfg.device)
-    return paths, models, cfg
-
-
-def name_of(path, model):
-    """The model's name after that of its folder: maze/gumbel."""
-    return os.path.join(os.path.basename(os.path.dirname(os.path.abspath(path))), model.name)
+    cfg.temperature = args.temperature                          # None: see settings_of
+    names, models = [], []
+    for path, (model, other, other_saved) in zip(args.ckpt, loaded):
+        if other.state != tokenizer.state or other_saved["config"].seq_len != cfg.seq_len:
+            raise UserError(f"{path}: does not compare with {args.ckpt[0]}, which has other tokens "
+                            "or another length; name one of them only")
+        names.append(f"{Path(path).absolute().parent.name}/{model.name}")
+        models.append(model.to(cfg.device))
+    if len(set(names)) < len(names):
+        raise UserError(f"--ckpt: two of {', '.join(names)} have one name; rename a folder")
+    return names, models, tokenizer, saved, cfg
 
 
 def settings_of(model, cfg):
@@ -76,8 +74,8 @@ def settings_of(model, cfg):
     for name in ("nfe", "tau"):
         given, used = getattr(cfg, name)[0], settings[name]
         if given != used:
-            print(f"note: --{name} {given:g} has no effect on {model.name}, which writes as with "
-                  f"{used:g}", file=sys.stderr)
+            print(f"note: --{name} {given:g} has no effect: {model.name} writes as with {used:g}",
+                  file=sys.stderr)
     return settings
 
 
@@ -91,25 +89,20 @@ def teacher_of(path, saved, tokenizer, cfg):
 
 
 def prompt_ids(prompt, tokenizer, seq_len):
-    """Token ids (T,) long of the prompt, vocab_size where a token is to be filled in.
-
-    A token is to be filled in at each _ and after the prompt. A token of GPT-2 begins with its
-    space, so the space before a gap belongs to what fills the gap.
+    """Token ids (T,) long of the prompt, with gaps, vocab_size, at each _ and after the prompt. A
+    token of GPT-2 begins with its space, so the space before a gap belongs to what fills the gap.
     """
-    ids = []
-    for piece, gap in re.findall(r"([^_]*)(_*)", prompt):
+    ids, gap_id = [], tokenizer.vocab_size
+    for piece, gaps in re.findall(r"([^_]*)(_*)", prompt):
         if tokenizer.words is None:
             piece = piece.rstrip(" ")
-        ids += tokenizer.encode(piece, "--prompt").tolist() + [tokenizer.vocab_size] * len(gap)
-    if len(ids) > seq_len:
-        raise UserError(f"--prompt has {len(ids)} tokens, gaps included, the model only {seq_len}; "
-                        "shorten it")
-    known = torch.full((seq_len,), tokenizer.vocab_size)
-    known[:len(ids)] = torch.tensor(ids, dtype=torch.long)
-    if not (known == tokenizer.vocab_size).any():
-        raise UserError(f"--prompt {prompt!r} is a whole text of {seq_len} tokens, nothing is left "
-                        "to fill in; shorten it, or put _ in place of tokens")
-    return known
+        ids += tokenizer.encode(piece, "--prompt").tolist() + [gap_id] * len(gaps)
+    n_given = len(ids)
+    ids += [gap_id] * (seq_len - n_given)
+    if n_given > seq_len or gap_id not in ids:
+        raise UserError(f"--prompt has {n_given} tokens, gaps included, and a text has {seq_len}: "
+                        "shorten it, so that something is left to fill in")
+    return torch.tensor(ids)
 
 
 # -----------------------------------------------------------------------------
@@ -123,16 +116,13 @@ def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, on_round=None):
     argmax(ratio s + (1 - ratio) (logp_teacher + xi)) at all positions. An answer is valid if all
     tokens before it are right. So the prefix where draft and answer agree is kept, and the next
     token of the answer. The rest is masked again.
-
     ratio 0: exact mode. The text equals serial_extraction(teacher, xi), up to rounding, in fewer
     rounds. Without a student the teacher's last answer is the next draft (predictive sampling,
     Wiggers & Hoogeboom 2020). ratio above 0: APD (Israel et al. 2025).
-
     Args:    xi (B, T, V) Gumbel noise;  xt (B, T) known tokens, at the left only, mask_id = V after
              on_round: called after each round with the numbers (b,) of the texts that were open,
              draft and answer (b, T), and n_keep (b,), how many tokens of the answer stand now
     Returns: x0 (B, T) long;  rounds (B,) long, each one student and one teacher call
-    Raises:  ValueError for a ratio above 0 without a student
     """
     if student is None and ratio > 0:
         raise ValueError(f"ratio {ratio}: without a student there is nothing to mix with")
@@ -173,10 +163,9 @@ def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, on_round=None):
 @torch.no_grad()
 def compare_exact(student, teacher, n, seq_len, seed, known=None, ratio=0.0):
     """draft_and_verify beside serial decoding on the same noise.
-
-    Returns: the texts (n, T), and a dict: rounds per text; equal, the share of texts equal to those
-    of serial decoding; near_ties, how many of these differ, but only from where the teacher's two
-    best tokens lie within 1e-4, which float32 rounds either way; seconds and serial_seconds
+    Returns: the texts (n, T);  a dict: rounds per text; equal, the share of texts equal to those of
+    serial decoding; near_ties, how many of these differ, but only from where the teacher's two best
+    tokens lie within 1e-4, which float32 rounds either way; seconds and serial_seconds
     """
     texts, sums = [], dict(rounds=0, equal=0, near_ties=0, seconds=0.0, serial_seconds=0.0)
     for index in sampling_batches(n, seq_len, teacher.vocab_size):
@@ -188,16 +177,15 @@ def compare_exact(student, teacher, n, seq_len, seed, known=None, ratio=0.0):
         sums["seconds"] += time.perf_counter() - start
         start = time.perf_counter()
         serial = serial_extraction(teacher, xi, xt)
-        differs = x != serial                                   # (B, T)
-        is_equal = ~differs.any(dim=1)                          # (B,)
-        sums["equal"] += is_equal.sum().item() / n
+        differs = (x != serial).cpu()                           # (B, T); waits for a GPU
         sums["serial_seconds"] += time.perf_counter() - start
         best = (teacher(serial) + xi).topk(2, dim=-1).values    # (B, T, 2)
-        gap = best[..., 0] - best[..., 1]
+        gap = (best[..., 0] - best[..., 1]).cpu()
         first = differs.long().argmax(dim=1, keepdim=True)      # where a text begins to differ
+        is_equal = ~differs.any(dim=1)                          # (B,)
         is_tie = ~is_equal & (gap.gather(1, first)[:, 0] < 1e-4)
         sums["near_ties"] += is_tie.sum().item()
-        sums["equal"] += is_tie.sum().item() / n
+        sums["equal"] += (is_equal | is_tie).sum().item() / n
         texts.append(x)
     return torch.cat(texts), sums
 
@@ -205,18 +193,15 @@ def compare_exact(student, teacher, n, seq_len, seed, known=None, ratio=0.0):
 def verified(student, teacher, n, seed, known, ratio):
     """Run exact mode or APD, and print what it cost beside serial decoding; returns the texts."""
     x, report = compare_exact(student, teacher, n, len(known), seed, known, ratio)
-    name = f"APD, R = {ratio:g}" if ratio else "exact mode"
-    costs = [(name, 2 * report["rounds"], report["seconds"])]
+    calls = {f"APD, R = {ratio:g}" if ratio else "exact mode": 2 * report["rounds"]}
     if not ratio:
-        _, alone = compare_exact(None, teacher, n, len(known), seed, known)
-        costs.append(("no student", alone["rounds"], alone["seconds"]))
-    n_serial = (known == teacher.vocab_size).sum().item()
-    costs.append(("serial teacher", n_serial, report["serial_seconds"]))
-    for name, calls, seconds in costs:
-        print(f"{name:15} {calls:.2f} calls per text, {seconds:.2f} s for {n} texts")
-    print(f"a round is a call of each model: {report['rounds']:.2f} rounds per text")
-    print(f"equal to serial {round(report['equal'] * n)} of {n} texts ({report['near_ties']} of "
-          "them but for a near-tie, which float32 rounds either way)\n")
+        calls["no student"] = compare_exact(None, teacher, n, len(known), seed, known)[1]["rounds"]
+    calls["serial teacher"] = (known == teacher.vocab_size).sum().item()
+    for name, number in calls.items():
+        print(f"{name:15} {number:.2f} calls per text")
+    print("in {rounds:.2f} rounds per text and {seconds:.2f} s (serial: {serial_seconds:.2f} s)\n"
+          "equal to serial {} of {} texts ({near_ties} of them but for a near-tie, which float32 "
+          "rounds either way)\n".format(round(report["equal"] * n), n, **report))
     return x
 
 
@@ -240,27 +225,18 @@ def film(model, number, seed, known, **settings):
     return [frame[0].cpu() for frame in steps]
 
 
-def all_films(paths, models, cfg, known):
-    """The films of n_samples texts: a list of [film of each model];  the models' names."""
-    settings = [settings_of(model, cfg) for model, _, _ in models]
-    texts = []
-    for number in range(cfg.n_samples):
-        texts.append([film(model, number, cfg.seed, known, **given)
-                      for (model, _, _), given in zip(models, settings)])
-    names = [model.name for model, _, _ in models]
-    if len(set(names)) < len(names):
-        names = [name_of(path, model) for path, (model, _, _) in zip(paths, models)]
-    return texts, names
+def all_films(models, cfg, known):
+    """For each of n_samples texts the films of all models, a list."""
+    settings = [settings_of(model, cfg) for model in models]
+    for i in range(cfg.n_samples):
+        yield [film(model, i, cfg.seed, known, **how) for model, how in zip(models, settings)]
 
 
 def frames(films):
     """Frame after frame, of each film: (number, frame, frame before). A short film waits."""
     for number in range(max(map(len, films))):
-        shown = []
-        for steps in films:
-            k = min(number, len(steps) - 1)
-            shown.append((k, steps[k], steps[max(0, k - 1)]))
-        yield shown
+        at = [min(number, len(steps) - 1) for steps in films]
+        yield [(k, steps[k], steps[max(0, k - 1)]) for k, steps in zip(at, films)]
 
 
 def visible(text):
@@ -269,11 +245,9 @@ def visible(text):
 
 
 def lines_of(frame, before, tokenizer, width=WIDTH):
-    """A frame as lines of at most `width` letters. A line is a list of (piece, kind). The kind is
-    "masked", "new" or "old". A line break of the text is shown as an arrow.
-
-    Two tokens of BPE may share a character. It is shown where its last byte stands.
-    """
+    """A frame as lines of at most `width` letters, lists of (piece, kind). The kind is "masked",
+    "new" or "old". A line break of the text is shown as an arrow. A character of which several
+    tokens of BPE have a part is shown where its last byte stands."""
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     lines, column = [[]], 0
     for i, id_before in zip(frame.tolist(), before.tolist()):
@@ -336,64 +310,52 @@ def parse(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", nargs="+", help="checkpoints (the newest student under out/)")
     parser.add_argument("-n", dest="n_samples", type=int, default=4, help="number of texts (4)")
-    parser.add_argument("--prompt", default="", help="text to begin with; each _ is one token to "
-                        "fill in")
+    parser.add_argument("--prompt", default="", help="text to begin with; each _ is one token")
     parser.add_argument("--apd", type=float, metavar="R", help="adaptive parallel decoding: the "
                         "student drafts, the teacher verifies; 1 is the student alone")
     parser.add_argument("--exact", dest="apd", action="store_const", const=0.0, help="--apd 0: "
                         "what the teacher alone would write, in fewer calls")
-    parser.add_argument("--animate", action="store_true", help="show how a text unmasks, step by "
-                        "step; by several checkpoints from the same noise")
+    parser.add_argument("--animate", action="store_true", help="show how each --ckpt fills texts")
     parser.add_argument("--out", help="write the texts to this file, one JSON object a line")
     add_flags(parser, "teacher", "nfe", "tau", "temperature", "top_p", "order", "seed", "device",
               "batch_size", nfe=[8], batch_size=1000, temperature=None)
     return parser.parse_args(words)
 
 
-def check(args, model, path, known):
-    """UserError for flags that do not go together, and for texts that `model` cannot write."""
-    is_verified, is_open = args.apd is not None, known == model.vocab_size
-    block_size = getattr(model, "block_size", 1)                # a teacher goes token by token
-    block = torch.arange(len(known)) // (1 if is_verified else block_size)
+def checked_prompt(args, models, tokenizer, cfg):
+    """The known tokens (T,) of --prompt; UserError for flags and models that do not go with it."""
+    known = prompt_ids(args.prompt, tokenizer, cfg.seq_len)
+    is_open = (known == tokenizer.vocab_size).tolist()
+    first_gap = is_open.index(True)
+    last_known = max((i for i in range(cfg.seq_len) if not is_open[i]), default=0)
+    is_verified = args.apd is not None
     is_plain = (args.tau[0], args.top_p, args.temperature or [0]) == (1, 1, [0])
+    # how many tokens each model sees at once; a teacher goes token by token
+    sizes = [getattr(model, "block_size", 1) for model in models]
+    is_drafter = models[0].name != "teacher" and sizes[0] == cfg.seq_len
     for is_wrong, message in [
-            (len(args.ckpt or []) > 1 and not args.animate,
+            (len(models) > 1 and not args.animate,
              "--ckpt: give one checkpoint without --animate; judge.py compares several"),
             (args.animate and (is_verified or args.out),
              "--animate shows how models write: leave --exact, --apd and --out out"),
             (max(map(len, (args.nfe, args.tau, args.temperature or []))) > 1,
              "--nfe, --tau, --temperature: give one number each; judge.py takes several"),
             (is_verified and not 0 <= args.apd <= 1, f"--apd {args.apd}: must lie between 0 and 1"),
-            (is_verified and (model.name == "teacher" or block_size < len(known)), f"{path}: "
-             "--exact and --apd need a student that drafts a whole text: no teacher, no blocks"),
+            (is_verified and not is_drafter, f"{args.ckpt[0]}: --exact and --apd need a student "
+             "that drafts a whole text: no teacher, no blocks"),
             (is_verified and not is_plain, "--exact and --apd read the noise as it is: leave "
              "--tau, --top-p and --temperature out"),
-            ((block[~is_open] > block[is_open].min()).any(),
+            (any(last_known // size > first_gap // size for size in sizes + [1] * is_verified),
              f"--prompt {args.prompt!r}: what comes after the gap is not seen when text is written "
              "from left to right; end the prompt before the gap")]:
         if is_wrong:
             raise UserError(message)
+    return known.to(cfg.device)
 
 
-def load_checked(args):
-    """What load_models returns, and the known tokens (T,) of --prompt, all checked."""
-    paths, models, cfg = load_models(args)
-    cfg.temperature = args.temperature                          # None: see settings_of
-    known = prompt_ids(args.prompt, models[0][1], cfg.seq_len)
-    for path, (model, _, _) in zip(paths, models):
-        check(args, model, path, known)
-    return paths, models, cfg, known.to(cfg.device)
-
-
-def animate(paths, models, cfg, known):
-    texts, names = all_films(paths, models, cfg, known)
-    for films in texts:
-        play(films, names, models[0][1], cfg.dataset == "maze")
-
-
-def write(args, path, model, tokenizer, saved, cfg, known):
+def write(args, model, tokenizer, saved, cfg, known):
     """Texts of one model, printed or written to a file."""
-    n = cfg.n_samples
+    n, path = cfg.n_samples, args.ckpt[0]
     print(f"{path}: {model.name}, step {saved['step']}, {cfg.dataset}")
     if args.apd is not None:
         settings = {"apd": args.apd}
@@ -409,7 +371,7 @@ def write(args, path, model, tokenizer, saved, cfg, known):
                 f.write(json.dumps(text) + "\n")
         print(f"{n} texts written to {args.out}")
         return
-    if args.apd is not None and n > 4:  # the numbers above are the answer: keep them in sight
+    if "apd" in settings and n > 4:  # the numbers above are the answer: keep them in sight
         print(f"the first 4 of {n} texts (--out FILE writes all):\n")
         x = x[:4]
     for row in x:
@@ -418,16 +380,17 @@ def write(args, path, model, tokenizer, saved, cfg, known):
 
 def main():
     if "--eval" in sys.argv:
-        raise UserError("--eval: judge.py does this now, and takes the same flags: python judge.py "
-                        "--ckpt FILE ...")
+        raise UserError("--eval: judge.py does this now, with the same flags: python judge.py")
     args = parse()
     sys.stdout.reconfigure(errors="replace")                    # a terminal may lack letters
-    paths, models, cfg, known = load_checked(args)
+    names, models, tokenizer, saved, cfg = load_models(args)
+    known = checked_prompt(args, models, tokenizer, cfg)
     try:
-        if args.animate:
-            animate(paths, models, cfg, known)
+        if not args.animate:
+            write(args, models[0], tokenizer, saved, cfg, known)
         else:
-            write(args, paths[0], *models[0], cfg, known)
+            for films in all_films(models, cfg, known):
+                play(films, names, tokenizer, cfg.dataset == "maze")
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has enough; the interpreter flushes once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
