@@ -336,7 +336,7 @@ def write_rows(args, names, models, data, teacher, real, cfg):
     def add(x, **about):
         rows.append({**about, **judge.scores(x, about["model"])})
         if "tau" in about:
-            rows[-1].update(compare_with_teacher(x, teacher_text, teacher, cfg.seed))
+            rows[-1].update(compare_with_teacher(x, teacher_text, teacher))
         with open(os.path.join(cfg.out_dir, "judged.json"), "w") as f:
             json.dump(rows, f, indent=1)
 
@@ -367,7 +367,7 @@ def main():
     parser.add_argument("--judge", help="whose perplexity: a causal model of transformers, a "
                         "folder, or teacher (gpt2-large for text, teacher for generated data)")
     parser.add_argument("--featurizer", help="whose features MAUVE compares, likewise")
-    add_flags(parser, "teacher", "nfe", "tau", "temperature", "top_p", "order", "seed", "device",
+    add_flags(parser, "teacher", "nfe", "tau", "temperature", "top_p", "seed", "device",
               "batch_size", "train_files", "val_files", "out_dir", nfe=[8], batch_size=1000,
               out_dir="out/judge")
     args = parser.parse_args()

@@ -317,7 +317,7 @@ def parse(words=None):
                         "what the teacher alone would write, in fewer calls")
     parser.add_argument("--animate", action="store_true", help="show how each --ckpt fills texts")
     parser.add_argument("--out", help="write the texts to this file, one JSON object a line")
-    add_flags(parser, "teacher", "nfe", "tau", "temperature", "top_p", "order", "seed", "device",
+    add_flags(parser, "teacher", "nfe", "tau", "temperature", "top_p", "seed", "device",
               "batch_size", nfe=[8], batch_size=1000, temperature=None)
     return parser.parse_args(words)
 

@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bench  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
-from config import COLUMNS, HAS_GPU, ORDERS, PRESETS, UserError, flag  # noqa: E402
+from config import COLUMNS, HAS_GPU, PRESETS, UserError, flag  # noqa: E402
 from config import print_table, run_cli  # noqa: E402
 from data import find_files, show, token_entropy  # noqa: E402
 
@@ -160,12 +160,9 @@ def check_samplers(args):
         teacher, student = small_models(name, block_size, args)
         xi, u = gd.sequence_noise(args.seed, torch.arange(32), L, teacher)
         there = on_device(student, args)
-        for order in ORDERS:
-            how = dict(nfe=8, order=order, temperature=0.0)
-            x = student.eval().write(xi, u, **how)
-            same = there.write(xi.to(args.device), u.to(args.device), **how).cpu()
-            differ = (x != same).double().mean().item()
-            yield f"texts of {name} {block_size}, {order}", differ, 0.01
+        x = student.eval().write(xi, u, nfe=8)
+        same = there.write(xi.to(args.device), u.to(args.device), nfe=8).cpu()
+        yield f"texts of {name} {block_size}", (x != same).double().mean().item(), 0.01
     x = gd.serial_extraction(teacher.eval(), xi)
     same = gd.serial_extraction(on_device(teacher, args), xi.to(args.device)).cpu()
     yield "texts of the teacher, serially", (x != same).double().mean().item(), 0.01
