@@ -126,7 +126,8 @@ def test_a_run_of_other_noise_hands_each_student_its_own_loss(tmp_path, monkeypa
     monkeypatch.setattr(ablation, "evaluate", lambda *_: [])
     small = dict(CPU, n_layer=1, n_embd=8, max_steps=2, eval_every=2)
     ablation.run_other(gd.Config(**small, students=["mdlm", "uniform"], out_dir=str(tmp_path)))
-    assert given == [("mdlm", gd.Student, "kd_loss"), ("uniform", ablation.OtherNoise, "other_loss")]
+    assert given == [("mdlm", gd.Student, "kd_loss"),
+                     ("uniform", ablation.OtherNoise, "other_loss")]
 
 
 def test_all_students_of_other_noise_learn(tmp_path):
