@@ -273,6 +273,20 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
                 assert torch.allclose(value, b[part][name], rtol=0, atol=1e-9), name
 
 
+def test_a_run_that_fails_does_not_wait_for_the_other_processes(monkeypatch):
+    """One that ends well does: all leave the group together."""
+    left = []
+    monkeypatch.setattr(settings, "leave_group", lambda: left.append(1))
+
+    def fails():
+        raise gd.UserError("bad value")
+    with pytest.raises(SystemExit, match="error: bad value"):
+        gd.run_cli(fails)
+    assert left == []
+    gd.run_cli(lambda: None)
+    assert left == [1]
+
+
 def test_averaged_weights_follow_the_warmed_up_decay(tmp_path, monkeypatch):
     """Starting from the initial weights; the decay is (1 + n) / (10 + n), but --ema at most."""
     cfg, data = gd.prepare(config(tmp_path, ema=0.3, max_steps=8, eval_every=1))
@@ -542,13 +556,13 @@ def test_compiled_training_takes_the_same_steps(tmp_path, monkeypatch):
 @pytest.mark.parametrize("is_validation", [False, True])
 def test_a_loss_that_is_not_finite_names_its_model_and_keeps_the_last_checkpoint(
         is_validation, value, tmp_path, monkeypatch):
-    """In training or in validation, here from step 5 on."""
+    """In training or in validation, here from step 5 on. Its gradient stays as it is."""
     loss, calls = gd.teacher_loss, []
 
     def breaking(teacher, *args):
         calls.append(teacher.training)
         is_broken = sum(calls) > 4 and teacher.training != is_validation
-        return loss(teacher, *args) * (value if is_broken else 1)
+        return loss(teacher, *args) + (value if is_broken else 0)
     monkeypatch.setattr(gd, "teacher_loss", breaking)
     cfg = config(tmp_path)
     with pytest.raises(gd.UserError, match="teacher: no finite loss at step 6.*--lr"):
