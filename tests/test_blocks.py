@@ -120,7 +120,7 @@ def written(student, nfe, xt=None):
             calls.append((start, xt_before, xi, n_cached, logits))
         return logits
     student.forward = spy
-    text = student.write(xi, u, nfe, xt=xt, temperature=1.0)
+    text = student.write(xi, u, nfe=nfe, xt=xt, temperature=1.0)
     student.forward = forward
     assert len(calls) == nfe                                    # with 30 texts no step is empty
     return text, calls
@@ -172,7 +172,7 @@ def test_what_is_shown_after_each_step_is_the_whole_text(block_size):
     xt = torch.full((30, T), V)
     xt[:, 5] = 3
     seen = []
-    text = student.write(xi, u, T, xt=xt, on_step=seen.append)
+    text = student.write(xi, u, nfe=T, xt=xt, on_step=seen.append)
     assert len(seen) == T                                       # with 30 texts no step is empty
     before = xt
     for shown in seen:
@@ -201,7 +201,7 @@ def test_the_first_block_of_a_text_does_not_depend_on_the_noise_of_later_ones():
     xi, u = gd.sequence_noise(1, torch.arange(40), T, student)
     other = xi.clone()
     other[:, 4:] = xi[:, 4:].flip(0)
-    a, b = (student.write(noise, u, T) for noise in (xi, other))
+    a, b = (student.write(noise, u, nfe=T) for noise in (xi, other))
     assert a[:, :4].equal(b[:, :4]) and not a[:, 4:].equal(b[:, 4:])
 
 

@@ -142,11 +142,11 @@ def test_teacher_and_student_write_what_serial_extraction_and_sample_make(tiny):
     xt = torch.full((40, T), V)
     xt[:20, 1] = 3
     for known in (None, xt):
-        assert teacher.write(xi, u, known).equal(gd.serial_extraction(teacher, xi, known))
+        assert teacher.write(xi, u, xt=known).equal(gd.serial_extraction(teacher, xi, known))
         assert teacher.write(xi, xt=known, tau=0.5).equal(
             gd.serial_extraction(teacher, 0.5 * xi, known))
         settings = dict(nfe=3, tau=0.8, temperature=0.7, top_p=0.9)
-        assert student.write(xi, u, known, **settings).equal(
+        assert student.write(xi, u, xt=known, **settings).equal(
             gd.sample(student, xi, u, xt=known, **settings))
 
 
