@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import config as settings
 import gumbel_distill as gd
 from conftest import CPU, ROOT, tiny_config
-from data import run_cli
+from data import Tokenizer
 
 
 def config(folder, **more):
@@ -103,22 +104,34 @@ def test_another_seed_gives_another_model(tmp_path):
                        if one["model"][k].dim() == 2)
 
 
-@pytest.mark.parametrize("student", ["gumbel", "mdlm"])
-def test_labels_of_the_teacher_are_its_texts_with_their_noise(student, tmp_path, monkeypatch):
-    """The noise handed to the loss makes the teacher write the very texts it comes with."""
-    real, n_steps = gd.student_loss, 0
+def teacher_and_student(folder, name="gumbel", **more):
+    """Settings, data, a trained teacher and a new student of another seed."""
+    cfg, data = gd.prepare(config(folder, **more))
+    teacher = gd.get_teacher(cfg, data)
+    torch.manual_seed(7)
+    return cfg, data, teacher, gd.new_student(cfg, name, teacher.vocab_size)
 
-    def spy(student, teacher, x0, t, generator, xi=None, loss="ce"):
-        nonlocal n_steps
-        is_read = student.training and student.noise is not None
-        assert (xi is not None) == is_read
-        if is_read:
+
+@pytest.mark.parametrize("labels", ["data", "teacher"])
+@pytest.mark.parametrize("name", ["gumbel", "mdlm"])
+def test_the_loss_of_a_student_that_reads_noise_gets_the_teacher_or_the_noise_of_its_texts(
+        name, labels, tmp_path):
+    """The noise handed to the loss makes the teacher write the very texts it comes with. Real text,
+    which all validation is on, comes with the teacher. A student without noise gets neither."""
+    cfg, data, teacher, student = teacher_and_student(tmp_path, name, labels=labels, max_steps=4)
+    texts = gd.teacher_data(teacher, data, cfg) if labels == "teacher" else data
+    seen = []
+
+    def spy(student, labeller, x0, t, generator, xi=None):
+        is_recorded = name == "gumbel" and labels == "teacher" and student.training
+        assert (xi is not None) == is_recorded
+        assert labeller is (teacher if name == "gumbel" and not is_recorded else None)
+        if is_recorded:
             assert gd.serial_extraction(teacher, xi).equal(x0)
-        n_steps += student.training
-        return real(student, teacher, x0, t, generator, xi, loss)
-    monkeypatch.setattr(gd, "student_loss", spy)
-    trained(config(tmp_path, labels="teacher", students=[student], max_steps=4))
-    assert n_steps == 4
+        seen.append(student.training)
+        return gd.student_loss(student, labeller, x0, t, generator, xi)
+    gd.get_student(student, cfg, teacher, texts, spy)
+    assert seen.count(True) == 4 and seen.count(False) > 0
 
 
 def test_labels_of_the_teacher_are_what_the_teacher_writes(tmp_path):
@@ -171,12 +184,29 @@ def test_draws_are_another_in_each_step_and_piece(tmp_path):
 
 @pytest.mark.parametrize("block_size", [8, 4])
 def test_times_of_one_piece_are_stratified_over_all_times(block_size, tmp_path):
-    backward = Backward(tmp_path, grad_accum=2, block_size=block_size)
+    backward = Backward(tmp_path, grad_accum=2, block_size=block_size, t_min=0.2)
     backward()
     n = 4 * 8 // block_size
     for _, t, _ in backward.calls:
-        part = ((torch.tensor(t) - gd.T_MIN) / (1 - gd.T_MIN) * n).floor()
+        part = ((torch.tensor(t) - 0.2) / (1 - 0.2) * n).floor()
         assert part.tolist() == list(range(n))
+
+
+@pytest.mark.parametrize("t_min", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("block_size", [8, 4])
+def test_training_sees_times_from_t_min_on_and_validation_all_times(block_size, t_min, tmp_path):
+    cfg, data, teacher, student = teacher_and_student(tmp_path, "mdlm", block_size=block_size)
+    cfg, times = dataclasses.replace(cfg, t_min=t_min), {True: [], False: []}
+
+    def spy(student, teacher, x0, t, generator):
+        times[student.training].append(t.flatten())
+        return gd.student_loss(student, teacher, x0, t, generator)
+    gd.get_student(student, cfg, teacher, data, spy)
+    trained, validated = (torch.cat(times[is_training]) for is_training in (True, False))
+    assert len(trained) == 8 * 8 * 8 // block_size
+    assert t_min <= trained.min() < t_min + 0.05 and trained.max() <= 1
+    assert trained.mean() == pytest.approx((t_min + 1) / 2, abs=0.02)
+    assert gd.T_MIN <= validated.min() < 0.05 and 0.95 < validated.max() <= 1
 
 
 def test_three_processes_take_each_of_eight_pieces_once(tmp_path, monkeypatch):
@@ -200,7 +230,7 @@ def test_three_processes_take_each_of_eight_pieces_once(tmp_path, monkeypatch):
 
 
 def test_processes_need_a_piece_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(gd, "WORLD", 3)
+    monkeypatch.setattr(settings, "WORLD", 3)
     assert gd.resolve(config(tmp_path, grad_accum=8)).grad_accum == 8
     with pytest.raises(gd.UserError, match="--grad-accum 2"):
         gd.resolve(config(tmp_path, grad_accum=2))
@@ -211,8 +241,7 @@ import json, sys, torch
 import data, gumbel_distill as gd
 data.CACHE = sys.argv[2]
 torch.set_default_dtype(torch.float64)
-gd.run(gd.Config(**json.loads(sys.argv[1])))
-gd.finish()
+gd.run_cli(lambda: gd.run(gd.Config(**json.loads(sys.argv[1]))))
 """
 
 
@@ -242,6 +271,20 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
             for name, value in a[part].items():
                 assert value.dtype == torch.float64
                 assert torch.allclose(value, b[part][name], rtol=0, atol=1e-9), name
+
+
+def test_a_run_that_fails_does_not_wait_for_the_other_processes(monkeypatch):
+    """One that ends well does: all leave the group together."""
+    left = []
+    monkeypatch.setattr(settings, "leave_group", lambda: left.append(1))
+
+    def fails():
+        raise gd.UserError("bad value")
+    with pytest.raises(SystemExit, match="error: bad value"):
+        gd.run_cli(fails)
+    assert left == []
+    gd.run_cli(lambda: None)
+    assert left == [1]
 
 
 def test_averaged_weights_follow_the_warmed_up_decay(tmp_path, monkeypatch):
@@ -351,14 +394,14 @@ def test_what_is_no_checkpoint_is_refused(content, tmp_path):
 
 def test_a_checkpoint_with_an_unknown_setting_is_refused(tmp_path):
     path = str(tmp_path / "teacher.pt")
-    saved = {"name": "teacher", "step": 1, "format": gd.FORMAT}
+    saved = {"name": "teacher", "step": 1, "format": settings.FORMAT}
     torch.save({**saved, "config": vars(tiny_config())}, path)
     assert gd.load_checkpoint(path)["config"] == tiny_config()
     torch.save({**saved, "config": {**vars(tiny_config()), "noise_map": "raw"}}, path)
     with pytest.raises(gd.UserError, match="noise_map"):
         gd.load_checkpoint(path)
-    torch.save({**saved, "config": vars(tiny_config()), "format": gd.FORMAT - 1}, path)
-    with pytest.raises(gd.UserError, match=f"teacher.pt.*format {gd.FORMAT - 1}"):
+    torch.save({**saved, "config": vars(tiny_config()), "format": settings.FORMAT - 1}, path)
+    with pytest.raises(gd.UserError, match=f"teacher.pt.*format {settings.FORMAT - 1}"):
         gd.load_checkpoint(path)
 
 
@@ -367,12 +410,13 @@ def test_finished_models_are_reused_and_other_settings_refused(tmp_path, monkeyp
     kept = checkpoints(config(tmp_path))
     stop_at(monkeypatch, 1)                                     # nothing may be trained from here
     assert gd.run(config(tmp_path)) == table
-    rows = gd.run(config(tmp_path, nfe=[1, 2], tau=[0.5], eval_every=3))
+    rows = gd.run(config(tmp_path, nfe=[1, 2], temperature=[0.5], eval_every=3))
     assert [r["nfe"] for r in rows if r["model"] == "gumbel"] == [1, 2]
     for changed, file in ((dict(lr=1e-4), "teacher"), (dict(max_steps=9), "teacher"),
                           (dict(n_layer=2), "teacher"), (dict(seed=1), "teacher"),
-                          (dict(grad_accum=2), "teacher"), (dict(loss="kd"), "gumbel"),
-                          (dict(block_size=4), "gumbel"), (dict(labels="teacher"), "gumbel")):
+                          (dict(grad_accum=2), "teacher"), (dict(t_min=0.2), "gumbel"),
+                          (dict(init_from="scratch"), "gumbel"), (dict(block_size=4), "gumbel"),
+                          (dict(labels="teacher"), "gumbel")):
         with pytest.raises(gd.UserError, match=f"{file}.pt .*{list(changed)[0]}"):
             gd.run(config(tmp_path, **changed))
     for a, b in zip(kept, checkpoints(config(tmp_path)), strict=True):
@@ -435,12 +479,16 @@ def test_a_cut_off_write_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch)
         assert_same_state(a, b)
 
 
-def test_out_of_memory_names_the_piece_and_the_flag_that_halves_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate")])
+def test_out_of_memory_is_one_line_that_names_the_flags_which_save_it(error, tmp_path, monkeypatch):
     def too_large(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        raise error
     monkeypatch.setattr(gd, "teacher_loss", too_large)
-    with pytest.raises(gd.UserError, match="piece of the batch has 4 .*--grad-accum 4 --out-dir"):
-        gd.run(config(tmp_path, grad_accum=2))
+    with pytest.raises(SystemExit, match="^error: .*memory.*--batch-size.*--grad-accum") as raised:
+        gd.run_cli(lambda: gd.run(config(tmp_path)))
+    assert "\n" not in raised.value.code
 
 
 def test_other_faults_of_a_gpu_keep_their_traceback(tmp_path, monkeypatch):
@@ -448,7 +496,7 @@ def test_other_faults_of_a_gpu_keep_their_traceback(tmp_path, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     monkeypatch.setattr(gd, "teacher_loss", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        run_cli(lambda: gd.run(config(tmp_path)))
+        gd.run_cli(lambda: gd.run(config(tmp_path)))
 
 
 def after_steps(folder, loss_fn, n=1, **more):
@@ -487,7 +535,7 @@ def test_training_multiplies_in_its_dtype(dtype, tmp_path):
 
 
 def test_compiled_training_takes_the_same_steps(tmp_path, monkeypatch):
-    """With the backend "aot_eager", which needs no compiler; each block is compiled."""
+    """With the backend "aot_eager", which needs no compiler; each layer is compiled."""
     real, compiled = torch.nn.Module.compile, []
 
     def compile_eagerly(module):
@@ -504,28 +552,139 @@ def test_compiled_training_takes_the_same_steps(tmp_path, monkeypatch):
         assert all(torch.allclose(p, with_it[name], atol=1e-5) for name, p in plain.items())
 
 
-def test_non_finite_loss_names_its_model_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("is_validation", [False, True])
+def test_a_loss_that_is_not_finite_names_its_model_and_keeps_the_last_checkpoint(
+        is_validation, value, tmp_path, monkeypatch):
+    """In training or in validation, here from step 5 on. Its gradient stays as it is."""
     loss, calls = gd.teacher_loss, []
 
     def breaking(teacher, *args):
         calls.append(teacher.training)
-        return loss(teacher, *args) * (math.nan if sum(calls) > 4 else 1)
+        is_broken = sum(calls) > 4 and teacher.training != is_validation
+        return loss(teacher, *args) + (value if is_broken else 0)
     monkeypatch.setattr(gd, "teacher_loss", breaking)
     cfg = config(tmp_path)
-    with pytest.raises(gd.UserError, match="teacher.*nan"):
+    with pytest.raises(gd.UserError, match="teacher: no finite loss at step 6.*--lr"):
         gd.run(cfg)
     saved = gd.load_checkpoint(f"{cfg.out_dir}/teacher.pt")
     assert saved["step"] == 4 and all(p.isfinite().all() for p in saved["model"].values())
 
 
-@pytest.mark.parametrize("name", sorted(set(gd.STUDENTS) - {"bd3lm"}))
+def saved_teacher(cfg, tokenizer):
+    """The averaged weights of a random teacher, in a checkpoint of these settings."""
+    torch.manual_seed(3)
+    teacher = gd.Teacher(cfg, tokenizer)
+    about = {name: getattr(cfg, name) for name in gd.SHAPE}
+    gd.save_checkpoint(f"{cfg.out_dir}/teacher.pt", dict(ema=teacher), name="teacher",
+                       settings=dict(about, tokens=tokenizer.fingerprint), config=vars(cfg),
+                       tokenizer=tokenizer.state)
+    return teacher.state_dict()
+
+
+def unequal_to(tensors, others):
+    """The names of those tensors that differ from the others of the same name, or have none."""
+    return {name for name, p in tensors.items() if name not in others or not p.equal(others[name])}
+
+
+@pytest.mark.parametrize("tokens", ["char", "gpt2-1024"])
+@pytest.mark.parametrize("name, block_size, own", [
+    ("mdlm", 8, set()), ("gumbel", 8, {"embed_noise"}), ("gumbel-draft", 4, {"scale"})])
+def test_a_start_from_the_teacher_takes_all_but_the_mask_row_positions_and_noise_table(
+        name, block_size, own, tokens, tmp_path, request):
+    """Where the tokens are letters the teacher's last row is its BOS, which it has trained."""
+    tokenizer = Tokenizer(list("abcd"))
+    if tokens != "char":
+        request.getfixturevalue("real_data")
+        tokenizer = Tokenizer(size=1024)
+    cfg = gd.resolve(config(tmp_path, block_size=block_size, out_dir=str(tmp_path)))
+    assert cfg.init_from == "teacher"
+    teacher = saved_teacher(cfg, tokenizer)
+    V = tokenizer.vocab_size
+    student = gd.new_student(cfg, name, V)
+    before = {key: p.clone() for key, p in student.state_dict().items()}
+    data = gd.Data(np.zeros(100, np.uint16), np.zeros(100, np.uint16), 8, tokenizer)
+    after = gd.start_weights(student, cfg, data)
+    matrices = {key for key, p in teacher.items() if p.dim() == 2}
+    assert matrices <= unequal_to(before, teacher)              # else there is nothing to see
+    assert unequal_to(after, teacher) == {"net.embed.weight", "embed_pos.weight"} | own
+    assert unequal_to(after, before) == matrices
+    rows = after["net.embed.weight"]
+    assert rows[:V].equal(teacher["net.embed.weight"][:V])
+    assert rows[V].equal(before["net.embed.weight"][V])
+    assert not rows[V].equal(teacher["net.embed.weight"][V])
+    student.load_state_dict(after)                              # nothing is missing or left over
+
+
+@pytest.mark.parametrize("start", ["scratch", "teacher", "mdlm.pt"])
+def test_a_student_begins_with_the_start_that_init_from_names(start, tmp_path):
+    """With no learning rate it ends as it began. The teacher is this run's, or --teacher."""
+    run = str(tmp_path / "run")
+    cfg, data, teacher, mdlm = teacher_and_student(tmp_path, "mdlm", lr=0.0, init_from="scratch")
+    gd.get_student(mdlm, cfg, teacher, data)
+    source = {"scratch": {}, "teacher": teacher.state_dict(), "mdlm.pt": mdlm.state_dict()}[start]
+    more = dict(init_from=start.replace("mdlm.pt", f"{run}/mdlm.pt"), block_size=4, lr=0.0)
+    for out, given in (("run", None), ("elsewhere", f"{run}/teacher.pt")):
+        cfg, _ = gd.prepare(config(tmp_path, **more, teacher=given, out_dir=str(tmp_path / out)))
+        torch.manual_seed(8)
+        student = gd.new_student(cfg, "gumbel", teacher.vocab_size)
+        began = {key: p.clone() for key, p in student.state_dict().items()}
+        ended = gd.get_student(student, cfg, teacher, data).state_dict()
+        for key, p in ended.items():
+            expected = source.get(key, began[key])
+            if start == "teacher" and key == "net.embed.weight":
+                expected = torch.cat([expected[:-1], began[key][-1:]])
+            assert p.equal(expected), key
+
+
+@pytest.mark.parametrize("changed, there", [
+    (dict(n_head=1), 2), (dict(n_layer=2), 1), (dict(n_embd=8), 16), (dict(seq_len=4), 8)])
+@pytest.mark.parametrize("start", ["teacher", "mdlm"])
+def test_a_start_of_another_shape_or_length_is_refused_with_both_values(
+        start, changed, there, tmp_path):
+    cfg, data, teacher, student = teacher_and_student(tmp_path, "mdlm", max_steps=2)
+    gd.get_student(student, cfg, teacher, data)
+    (name, here), = changed.items()
+    init = "teacher" if start == "teacher" else f"{cfg.out_dir}/mdlm.pt"
+    other, data = gd.prepare(config(tmp_path, **changed, init_from=init,
+                                    teacher=f"{cfg.out_dir}/teacher.pt"))
+    student = gd.new_student(other, "gumbel", data.tokenizer.vocab_size)
+    with pytest.raises(gd.UserError, match=f"{start}.pt .*{name} {there}, not {here}") as raised:
+        gd.start_weights(student, other, data)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("start", ["teacher", "mdlm"])
+def test_a_start_of_other_tokens_is_refused_with_both_values(start, tmp_path):
+    """As many tokens, so that the weights would fit."""
+    cfg, data, teacher, student = teacher_and_student(tmp_path, "mdlm", max_steps=2)
+    gd.get_student(student, cfg, teacher, data)
+    words = Tokenizer(list("wxyz"))
+    assert words.vocab_size == data.tokenizer.vocab_size
+    other = gd.Data(data.train, data.val, 8, words)
+    init = "teacher" if start == "teacher" else f"{cfg.out_dir}/mdlm.pt"
+    both = f"tokens {data.tokenizer.fingerprint}, not {words.fingerprint}"
+    with pytest.raises(gd.UserError, match=f"{start}.pt .*{both}"):
+        gd.start_weights(student, dataclasses.replace(cfg, init_from=init), other)
+
+
+def test_a_start_from_a_teacher_of_transformers_is_refused_and_from_scratch_it_is_not(tmp_path):
+    for name in ("gpt2", str(tmp_path)):
+        with pytest.raises(gd.UserError, match=f"--teacher {name}.*--init-from scratch") as raised:
+            gd.resolve(config(tmp_path, teacher=name, init_from="teacher"))
+        assert "\n" not in str(raised.value)
+        assert gd.resolve(config(tmp_path, teacher=name, init_from="scratch")).teacher == name
+    gd.resolve(config(tmp_path, teacher="out/teacher.pt", init_from="teacher"))
+
+
+@pytest.mark.parametrize("name", ["mdlm", "gumbel", "gumbel-draft"])
 def test_every_student_learns(name, tmp_path):
     """On text with one repeated word, the loss falls below that of the letters' frequencies."""
     (tmp_path / "text.txt").write_text("abcabd\n" * 300)
     cfg, data = gd.prepare(config(tmp_path, n_embd=32, max_steps=200, eval_every=200, lr=5e-3,
                                   dropout=0.0, warmup=20))
     teacher = gd.get_teacher(cfg, data)
-    gd.get_student(name, cfg, teacher, data)
+    gd.get_student(gd.Student(cfg, name, teacher.vocab_size), cfg, teacher, data)
     with open(f"{cfg.out_dir}/log.jsonl") as f:
         val = [json.loads(line)["val"] for line in f][-1]
     assert val < 1.4                                            # the frequencies have 1.55 nats
