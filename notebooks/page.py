@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
@@ -60,7 +62,7 @@ def pack(model):
     """A model as plain values: its shape, and {name: [scales, text]}; a vector is one row."""
     weights = {}
     for name, w in model.state_dict().items():
-        scales, levels = round_weights(w.reshape(-1, w.shape[-1]) if w.dim() else w.view(1, 1))
+        scales, levels = round_weights(torch.atleast_2d(w))
         weights[name] = [scales, encode(levels)]
     return {"n_layer": model.cfg.n_layer, "n_head": model.cfg.n_head, "weights": weights}
 
