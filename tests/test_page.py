@@ -388,13 +388,15 @@ def test_the_film_ends_with_the_whole_paths(browser, html):
 
 def test_the_counter_counts_valid_paths_and_their_distance(browser, html):
     browser.open(html)
+    browser.js("serial_extraction = (net, xi, B) =>"            # nine right paths, and a wrong one
+               " ({x0: [...content.paths.slice(0, B - 1), content.paths[0].map(() => 3)].flat()})")
     browser.js("count()")
     run = browser.js("({n: runs[0].n, valid: runs[0].valid, counts: runs[0].counts,"
                      " tv: tv(runs[0], 'teacher')})")
     assert run["n"]["teacher"] == 1000
     counts = torch.tensor(run["counts"]["teacher"]).numpy()
-    assert run["valid"]["teacher"] == counts.sum()
-    assert run["tv"] == pytest.approx(page.data.total_variation(counts, 1000 - counts.sum()))
+    assert run["valid"]["teacher"] == counts.sum() == 900
+    assert run["tv"] == pytest.approx(page.data.total_variation(counts, 100))
 
 
 def test_a_browser_without_a_feature_is_told_which(browser, html):
