@@ -70,7 +70,8 @@ def change_noise(xi, kind):
 
 
 def other_loss(student, teacher, x0, t, generator, xi=None):
-    """student_loss of OtherNoise: the independent student never sees noise of the text."""
+    """student_loss of OtherNoise: the independent student gets fresh noise, not that of the text.
+    """
     if student.name.startswith("independent"):
         xi = sample_gumbel((*x0.shape, student.vocab_size), generator)
         teacher = None

@@ -31,7 +31,7 @@ SMALL = dict(n_layer=4, n_head=2, n_embd=64, dropout=0.0, batch_size=64, grad_ac
              warmup=100, schedule="cosine", ema=0.999, eval_every=500, init_from="scratch",
              t_min=1e-3)
 TEXT = dict(SMALL, init_from="teacher", t_min=0.1)
-WEB = dict(tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, grad_accum=8, lr=3e-4,
+WEB = dict(tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, grad_accum=1, lr=3e-4,
            warmup=2500, schedule="constant", ema=0.9999, eval_every=1000, max_steps=20_000,
            init_from="teacher", t_min=0.1)
 PRESETS = {
@@ -175,7 +175,7 @@ def resolve(cfg):
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)                            # a number, or several
         least = 0 if f.type is float or f.name in ("seed", "warmup") else 1
-        most = 1 if f.name in ("dropout", "ema", "top_p") else math.inf
+        most = 1 if f.name in ("dropout", "ema", "top_p", "t_min") else math.inf
         if f.type in (int, float) and value is not None and not least <= np.min(value) <= most:
             raise UserError(f"{flag(f.name)} {value}: must lie between {least} and {most}")
     cfg.block_size = cfg.block_size or cfg.seq_len
@@ -249,18 +249,19 @@ def resume(path, settings, parts):
     if not os.path.exists(path):
         return 0
     saved = load_checkpoint(path)
-    check_equal(path, saved["settings"], settings)
+    check_equal(path, saved["settings"], settings, "use the same settings or another --out-dir, or "
+                "delete that file")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     return saved["step"]
 
 
-def check_equal(path, there, here):
+def check_equal(path, there, here, cure):
     """UserError unless the checkpoint's dict `there` has every value of the dict `here`."""
     for name, value in here.items():
         if there.get(name) != value:
-            raise UserError(f"{path} was trained with {name} {there.get(name)}, not {value}: use "
-                            "the same settings or another folder, or delete that file")
+            raise UserError(f"{path} was trained with {name} {there.get(name)}, not {value}; "
+                            f"{cure}")
 
 
 def weights_id(model):

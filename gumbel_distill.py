@@ -46,9 +46,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import RANK, STOP, WORLD, Config, UserError, add_flags, check_equal, join_group
-from config import load_checkpoint, print_table, resolve, resume, run_cli, save_checkpoint
-from config import side_by_side, weights_id
+from config import RANK, STOP, STUDENTS, WORLD, Config, UserError, add_flags, check_equal
+from config import join_group, load_checkpoint, print_table, resolve, resume, run_cli
+from config import save_checkpoint, side_by_side, weights_id
 from data import Data, Tokenizer, load_data, load_pretrained, token_entropy
 
 
@@ -359,7 +359,7 @@ class Student(nn.Module):
         return h + put(torch.zeros_like(h), is_masked, draft)
 
     def possible_nfe(self, nfe):
-        """The number of function evaluations nearest to nfe: one a token is enough."""
+        """nfe, but at most one function evaluation a token."""
         return min(nfe, self.seq_len)
 
     def write(self, xi, u, xt=None, **settings):
@@ -479,7 +479,7 @@ def denoise(predict, xt, xi, u, steps, tau=1.0, temperature=0.0, top_p=1.0, on_s
 
 @torch.no_grad()
 def sample(student, xi, u, nfe, xt=None, **settings):
-    """Write texts (B, T) long in nfe calls of the student, from the draws of sequence_noise.
+    """Write texts (B, T) long in at most nfe calls of the student, from sequence_noise's draws.
     Known tokens of xt (B, T) are kept; xt is mask_id elsewhere. settings: those of denoise.
     The official sampler has tau = 0.85, temperature 1 and top_p 0.9, and keeps one xi, too.
     """
@@ -538,13 +538,14 @@ class BlockStudent(Student):
         return self.logits(both, xi, pos.repeat(2), mask)
 
     def possible_nfe(self, nfe):
-        """The nearest number that gives each block as many steps: at least 1, at most L'."""
+        """The largest number up to nfe that gives all blocks equal steps: at least 1, at most L'.
+        """
         n_blocks = self.seq_len // self.block_size
         steps = min(max(1, nfe // n_blocks), self.block_size)
         return steps * n_blocks
 
     @torch.no_grad()
-    def write(self, xi, u, nfe, xt=None, on_step=None, **settings):
+    def write(self, xi, u, xt=None, *, nfe, on_step=None, **settings):
         """As sample: texts (B, T) long, block after block, each in an equal share of nfe steps."""
         T, L = self.seq_len, self.block_size
         text = open_text(xi, xt)
@@ -593,6 +594,8 @@ def load_model(path, device):
     """The Teacher or Student of a checkpoint, its Tokenizer, and what else the checkpoint holds."""
     saved = load_checkpoint(path)
     tokenizer = Tokenizer(**saved["tokenizer"])
+    if saved["name"] not in ["teacher", *STUDENTS]:
+        raise UserError(f"{path}: {saved['name']} is none of {STUDENTS}; only ablation.py reads it")
     if saved["name"] == "teacher":
         model = Teacher(saved["config"], tokenizer)
     else:
@@ -743,7 +746,8 @@ def load_teacher(path, tokenizer, cfg):
     if path.endswith(".pt"):
         teacher, _, saved = load_model(path, cfg.device)
         check_equal(path, dict(saved["settings"], name=saved["name"]),
-                    dict(name="teacher", tokens=tokenizer.fingerprint, seq_len=cfg.seq_len))
+                    dict(name="teacher", tokens=tokenizer.fingerprint, seq_len=cfg.seq_len),
+                    "name a teacher of this text and length")
         return teacher
     teacher = Teacher(cfg, tokenizer, load_pretrained(path, tokenizer, cfg.seq_len))
     return teacher.to(cfg.device).eval().requires_grad_(False)
@@ -768,7 +772,8 @@ def start_weights(student, cfg, data):
         path = cfg.teacher or f"{cfg.out_dir}/teacher.pt"
     saved = load_checkpoint(path)
     here = {name: getattr(cfg, name) for name in SHAPE}
-    check_equal(path, saved["settings"], dict(here, tokens=data.tokenizer.fingerprint))
+    check_equal(path, saved["settings"], dict(here, tokens=data.tokenizer.fingerprint),
+                "use models and text of one kind, or --init-from scratch")
     shared = {name: weight for name, weight in saved["ema"].items() if name in own}
     if saved["name"] == "teacher":  # its last row is BOS, or was never read; ours is [MASK]
         shared["net.embed.weight"][-1] = own["net.embed.weight"][-1]
@@ -812,8 +817,8 @@ def compare_with_teacher(x, teacher_text, teacher):
 
 
 def sampler_settings(student, cfg):
-    """All combinations of nfe, tau and temperature, as keyword arguments of write. Where a value
-    has no effect (more calls than tokens, tau without noise), equal ones stand once."""
+    """All combinations of nfe, tau and temperature, as keyword arguments of write. More calls than
+    tokens are cut to as many; without noise there is one tau."""
     nfes = dict.fromkeys(student.possible_nfe(nfe) for nfe in cfg.nfe)
     taus = cfg.tau if student.reads_noise else [1.0]
     for tau, temperature, nfe in itertools.product(taus, cfg.temperature, nfes):

@@ -45,14 +45,14 @@ TABLES = {  # settings that all runs of a table share; lists of those that diffe
         dict(init_from=STARTS, max_steps=[500], seed=[0, 1, 2]),
         dict(init_from=STARTS, max_steps=[2000], seed=[0])]),
     "lengths": (dict(STORIES, max_steps=1000, nfe=[1, 2, 4, 8]), [
-        dict(seq_len=[16, 64], labels=["data", "teacher"], seed=[0, 1, 2]),
-        dict(seq_len=[8, 32], labels=["data", "teacher"], seed=[0])]),
+        dict(seq_len=[16], labels=["data", "teacher"], seed=[0, 1, 2]),
+        dict(seq_len=[64, 32], labels=["data", "teacher"], seed=[0])]),
     "search": (dict(STORIES, max_steps=1000, nfe=[4, 16]), [
         dict(t_min=[1e-3, 0.1, 0.3], lr=[2e-3]), dict(t_min=[0.1], lr=[1e-3, 4e-3])]),
     "news": (dict(dataset="lm1b", tokenizer="gpt2-4096", seq_len=32, n_layer=4, n_head=4,
                   n_embd=128, dropout=0.0, batch_size=256, grad_accum=1, lr=2e-3, warmup=100,
                   schedule="cosine", ema=0.999, max_steps=2500, teacher_steps=2500), [
-        dict(init_from=["teacher"], seed=[0, 1, 2]), dict(init_from=["scratch"], seed=[0])]),
+        dict(init_from=STARTS, seed=[0])]),
 }
 # How all students write: at each of these (tau, temperature, top_p). MDLM reads no noise, so tau is
 # 1 for it. The last is the official draw.
@@ -127,6 +127,8 @@ def train_and_write(job, n):
 
     def scored(x, **about):
         totals, counts = teacher_nll(x, judge)
+        features = teacher_features(x, judge)
+        x = x.cpu()
         words = [words_of(data.tokenizer.decode(row)) for row in x]
         pairs = [pair for text in words for pair in pairs_of(text)]
         words = sum(words, [])
@@ -134,7 +136,7 @@ def train_and_write(job, n):
                 "judge_nll": float(totals.sum() / counts.sum()),
                 "words": float(np.mean([word in known[0] for word in words])),
                 "pairs": float(np.mean([pair in known[1] for pair in pairs])),
-                "energy": energy_distance(teacher_features(x, judge), reference)[0],
+                "energy": energy_distance(features, reference)[0],
                 "rep_4": float(rep_n(x).mean()),
                 "text": [data.tokenizer.decode(row) for row in x[:8]]}
 
@@ -216,7 +218,8 @@ def mean_rows(curves, entropy, **about):
     """One line of the table from the curves (lists of rows) of all seeds, with NAME_se: here the
     standard deviation over the seeds."""
     values = np.array([at_entropy(curve, entropy) for curve in curves])    # (seeds, scores)
-    line = dict(about, entropy=entropy, seeds=len(curves), val=np.mean([c[0]["val"] for c in curves]))
+    val = np.mean([curve[0]["val"] for curve in curves])
+    line = dict(about, entropy=entropy, seeds=len(curves), val=val)
     for score, column in zip(SCORES, values.T):
         line[score] = column.mean()
         if len(curves) > 1:
@@ -237,13 +240,12 @@ def show(name, args):
     settings = {}                                               # setting -> student -> seed -> rows
     for row in rows:
         if row.get("tau") == 1 and row["top_p"] == 1:
-            labels = {key: row[key] for key in ("seq_len", "max_steps", "t_min", "lr") if key in row}
-            key = (tuple(labels.items()), row["nfe"])
-            student = row["student"]
-            for more in ("init_from", "labels"):
-                student += f", {row[more]}" if more in row else ""
-            settings.setdefault(key, {}).setdefault(student, {}).setdefault(row["seed"] if "seed" in
-                                                                            row else 0, []).append(row)
+            about = {name: row[name] for name in ("seq_len", "max_steps", "t_min", "lr")
+                     if name in row}
+            names = [row[name] for name in ("student", "init_from", "labels") if name in row]
+            students = settings.setdefault((tuple(about.items()), row["nfe"]), {})
+            seeds = students.setdefault(", ".join(names), {})
+            seeds.setdefault(row.get("seed", 0), []).append(row)
     for (labels, nfe), students in settings.items():
         curves = {student: list(seeds.values()) for student, seeds in students.items()}
         every = [curve for of_one in curves.values() for curve in of_one]

@@ -165,7 +165,7 @@ def make_batch(i, cfg, words):
     """Random texts (B, L) and times (B, 1), spread over (0, 1]: half of the tokens are masked."""
     x0 = torch.randint(words.vocab_size, (cfg.batch_size, cfg.seq_len), generator=gd.rng("x0", i))
     t = gd.stratified_times(torch.full((cfg.batch_size, 1), 0.5))
-    return x0.to(cfg.device), t.to(cfg.device)
+    return x0.to(cfg.device, non_blocking=True), t.to(cfg.device, non_blocking=True)
 
 
 def measure(model, side, args):
