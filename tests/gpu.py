@@ -630,7 +630,7 @@ def run_train(args, files):
         """Judge texts, and keep the first ten of them."""
         row = dict(model=name, **about, gen_ppl=judged(judge, x), entropy=token_entropy(x))
         if name != "real text":
-            row.update(gd.compare_with_teacher(x, teacher_text, teacher, base.seed))
+            row.update(gd.compare_with_teacher(x, teacher_text, teacher))
         rows.append(row)
         record(args, "train", row)
         print(json.dumps(row), f"{left():.0f} s left", flush=True)
