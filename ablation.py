@@ -17,8 +17,9 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 
-from data import load_data, print_table, run_cli
-from gumbel_distill import Config, add_flags, load_model, resolve, run
+from config import Config, add_flags, print_table, resolve, run_cli
+from data import load_data
+from gumbel_distill import load_model, run
 from sample import compare_exact
 
 OTHER_NOISE = ["gaussian", "gaussian-draft", "uniform", "uniform-draft", "independent",

@@ -40,6 +40,7 @@ import gumbel_distill as gd  # noqa: E402
 import sample  # noqa: E402
 from data import COLUMNS, PRESETS, UserError, find_files, print_table, run_cli  # noqa: E402
 from data import token_entropy  # noqa: E402
+from judge import JUDGED_COLUMNS, teacher_nll  # noqa: E402
 
 V, L = 512, 32
 SMALL = dict(n_layer=4, n_head=2, n_embd=64, seq_len=L, dropout=0.0)
@@ -401,14 +402,14 @@ def train_and_judge(args, halves, seconds):
         students.append(gd.get_student(name, settings(name), teacher, text))
 
     def judged(x):
-        total, count = [each.sum().item() for each in sample.teacher_nll(x, judge)]
+        total, count = [each.sum().item() for each in teacher_nll(x, judge)]
         return {"gen_ppl": math.exp(total / max(1, count))}
 
     text.judge = judged                                         # gd.evaluate asks it for its scores
     real = text.val_rows(base.n_samples).to(args.device)
     rows = [{"model": "real text", **judged(real), "entropy": token_entropy(real)}]
     rows += gd.evaluate(teacher, students, text, base)
-    print_table(rows, {**sample.EVAL_COLUMNS, **COLUMNS})
+    print_table(rows, {**JUDGED_COLUMNS, **COLUMNS})
     Path(args.out_dir, "results.json").write_text(json.dumps(rows, indent=1))
 
 
