@@ -14,6 +14,7 @@ import torch
 
 import ablation
 import gumbel_distill as gd
+import judge
 import sample
 import train_teacher
 from conftest import ROOT
@@ -43,6 +44,7 @@ def assert_refused(answer, *said):
 
 @pytest.mark.parametrize("script, flag", [
     ("gumbel_distill.py", "--seed"), ("train_teacher.py", "--seed"), ("sample.py", "--seed"),
+    ("judge.py", "--seed"),
     ("ablation.py", "--max-steps")])
 def test_help_answers_without_the_slow_imports(script, flag):
     code = (f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
@@ -58,7 +60,7 @@ def test_every_flag_means_the_same_in_every_script(cli, monkeypatch):
     """A flag's block of the help text, up to the next flag, is the same but for the default."""
     monkeypatch.setenv("COLUMNS", "100")
     blocks = {}
-    for main in (gd.main, train_teacher.main, sample.main, ablation.main):
+    for main in (gd.main, train_teacher.main, sample.main, judge.main, ablation.main):
         for block in re.split(r"\n  (?=-)", cli(main, "--help")[1])[1:]:
             block = re.sub(r" \([^()]*\)$", "", " ".join(block.split()))
             blocks.setdefault(block.split()[0], []).append(block)
@@ -271,7 +273,7 @@ def test_sample_refuses_what_it_cannot_do_in_one_line(text_run, cli, tmp_path):
             (["--prompt", "to" + 7 * "_"], "--prompt", "9 tokens"),
             (["-n", 0], "0"), (["--nfe", 0], "--nfe", "0"), (["--batch-size", 0], "--batch-size"),
             (["--nfe", 1, 2], "--nfe"), (["--tau", 0, 1], "--tau"),
-            (["--temperature", 0, 1], "--temperature"), (["--length", 20], "--length 20"),
+            (["--temperature", 0, 1], "--temperature"), (["--eval"], "judge.py"),
             (["--apd", 2], "--apd", "2"), (["--apd", "nan"], "--apd", "nan"),
             (["--exact", "--tau", 0.5], "--exact", "--tau"),
             (["--exact", "--temperature", 1], "--exact", "--temperature"),
@@ -288,14 +290,8 @@ def test_sample_refuses_what_it_cannot_do_in_one_line(text_run, cli, tmp_path):
         assert_refused(cli(sample.main, "--ckpt", ckpt, *args), *said)
 
 
-@pytest.mark.parametrize("length", [0, -1])
-def test_a_text_has_a_token_or_more(length, text_run, cli):
-    _, out = text_run
-    assert_refused(cli(sample.main, "--ckpt", out / "gumbel.pt", "--length", length), "--length")
-
-
 def test_sample_writes_with_one_checkpoint(text_run, cli):
-    """Without --eval a second one would be left out in silence."""
+    """A second one would be left out in silence."""
     _, out = text_run
     assert_refused(cli(sample.main, "--ckpt", out / "gumbel.pt", out / "teacher.pt"), "--ckpt")
 
