@@ -197,8 +197,8 @@ def test_floors_are_judged_beside_the_models(maze_run, cli, tmp_path):
 def test_rows_are_those_of_every_setting_and_agree_with_the_run(maze_run, cli, tmp_path,
                                                                 monkeypatch):
     folder, run = maze_run
-    monkeypatch.setattr(sample, "mauve", lambda p, q: (0.5, 0.1))       # the slow parts
-    monkeypatch.setattr(sample, "teacher_features", lambda x, teacher: x)
+    monkeypatch.setattr(judge, "mauve", lambda p, q: (0.5, 0.1))       # the slow parts
+    monkeypatch.setattr(judge, "teacher_features", lambda x, teacher: x)
     status, _, err = cli(judge.main, "--ckpt", folder / "gumbel.pt", *OWN, "--nfe", 1, 3,
                          "--tau", 0.5, 1, "--temperature", 0, "-n", 1000, "--out-dir", tmp_path)
     assert status == 0, err
@@ -220,7 +220,7 @@ def test_an_interrupted_evaluation_leaves_the_rows_done_so_far(maze_run, cli, tm
         if given.get("nfe") == 3:
             raise KeyboardInterrupt
         return real(*args, **given)
-    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(judge, "generate", generate)
     status, _, _ = cli(judge.main, "--ckpt", folder / "gumbel.pt", *OWN, "-n", 100,
                        "--nfe", 1, 3, "--out-dir", tmp_path)
     rows = json.loads((tmp_path / "judged.json").read_text())
