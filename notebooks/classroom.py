@@ -388,7 +388,7 @@ def at_equal_entropy(rows):
     for nfe, of_models in sorted(curves.items()):
         entropy = min(curve[-1]["entropy"] for curve in of_models.values())
         found = []
-        for model, curve in of_models.items():
+        for model, curve in sorted(of_models.items()):
             entropies = [row["entropy"] for row in curve]
             if entropy < entropies[0]:
                 print(f"nfe {nfe}: {model} does not write as dull as entropy {entropy:.3f}")
