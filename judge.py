@@ -92,7 +92,7 @@ def ratio(parts, wholes, transform=float):
     parts = np.asarray(parts, dtype=float)
     wholes = np.asarray(wholes, dtype=float)
     if not wholes.any():
-        raise ValueError("the texts are too short to have any")
+        raise ValueError("there is nothing to score")
 
     def score(weights):
         return transform(weights @ parts / max(1.0, weights @ wholes))

@@ -2,7 +2,8 @@
 
     python notebooks/classroom.py                     # both, of out/maze
     python notebooks/classroom.py --log out/maze      # a run's log.jsonl, as out/maze/log.png
-    python notebooks/classroom.py --judged out/eval   # the table of `sample.py --eval`
+    python notebooks/classroom.py --judged out/judge  # the table of judge.py
+    python notebooks/classroom.py --gif maze.gif --ckpt out/maze/mdlm.pt out/maze/gumbel.pt -n 5
 """
 
 import argparse
@@ -14,21 +15,25 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from matplotlib.animation import PillowWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "notebooks" / "figures"
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
-from sample import BLUE, GREEN, GREY, LABELS, RED, draw, draw_walls  # noqa: E402
+import sample  # noqa: E402
 
+# Colours that the colour-blind can tell apart, too (Okabe and Ito).
+RED, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#999999"
 STYLE = {  # colour, marker and label of each model in all pictures
-    "mdlm": (RED, "s", LABELS["mdlm"]),
-    "bd3lm": (RED, "s", LABELS["bd3lm"]),
-    "gumbel": (BLUE, "o", LABELS["gumbel"]),
-    "gumbel-draft": (GREEN, "^", LABELS["gumbel-draft"]),
-    "teacher": ("black", "D", LABELS["teacher"]),
+    "mdlm": (RED, "s", "MDLM"),
+    "bd3lm": (RED, "s", "BD3-LM"),
+    "gumbel": (BLUE, "o", "paper's map"),
+    "gumbel-draft": (GREEN, "^", "ours (drafts)"),
+    "teacher": ("black", "D", "AR teacher"),
 }
 MASK = data.MAZE_SIZE**2        # id of [MASK] in the maze
 
@@ -66,6 +71,55 @@ def check(answer, is_right, hint):
 # -----------------------------------------------------------------------------
 # Mazes
 
+def draw_walls(axis, title=""):
+    """The walls of the maze, with S at the start and G at the goal."""
+    n = data.MAZE_SIZE
+    for row, line in enumerate(data.MAZE):
+        y = row // 2
+        for col in range(n + 1):
+            if line[4 * col] == "|":
+                axis.plot([col, col], [y, y + 1], color="black", lw=2)
+        for col in range(n):
+            if line[4 * col + 1] == "-":
+                axis.plot([col, col + 1], [y, y], color="black", lw=2)
+    axis.text(0.1, 0.38, "S", fontsize=8)
+    axis.text(n - 0.4, n - 0.1, "G", fontsize=8)
+    axis.set(xlim=(-0.1, n + 0.1), ylim=(n + 0.1, -0.1), aspect="equal")
+    axis.set_title(title, fontsize=10)
+    axis.axis("off")
+
+
+def allowed_moves():
+    """All moves (from, to) of the shortest paths, as a set of pairs of cells."""
+    moves = set()
+    for path in data.maze_paths():
+        moves.update(zip([0, *path], path))
+    return moves
+
+
+def draw(path, axis, title=""):
+    """Draw a path (10,) of cells. Masked cells are left out.
+
+    A move that no shortest path makes is red and dotted.
+    """
+    draw_walls(axis, title)
+    moves = allowed_moves()
+    cells = [0] + [int(cell) for cell in path]
+    x = [cell % data.MAZE_SIZE + 0.5 for cell in cells]
+    y = [cell // data.MAZE_SIZE + 0.5 for cell in cells]
+    for i in range(len(cells) - 1):
+        move = (cells[i], cells[i + 1])
+        if MASK in move:
+            continue
+        style = dict(color=RED, lw=2, ls=":")
+        if move in moves:
+            style = dict(color=BLUE, lw=3)
+        axis.plot(x[i:i + 2], y[i:i + 2], solid_capstyle="round", **style)
+    for i, cell in enumerate(cells):
+        if cell != MASK:
+            axis.plot(x[i], y[i], "o", color="black", ms=4)
+
+
 def draw_all(paths, titles=None, columns=5, width=2.0):
     """Paths (n, 10) as rows of mazes."""
     n_rows = -(-len(paths) // columns)                          # rounded up
@@ -83,6 +137,70 @@ def on_grid(p, axis, title=""):
     n = data.MAZE_SIZE
     axis.imshow(torch.as_tensor(p).view(n, n), cmap="Blues", vmin=0, vmax=1, extent=(0, n, n, 0))
     draw_walls(axis, title)
+
+
+# -----------------------------------------------------------------------------
+# Films: how texts unmask, as a moving picture
+
+def draw_text(lines, axis, title, width, n_lines):
+    """Lines of (piece, kind), on a grid for n_lines of `width` letters."""
+    colours = {"masked": GREY, "new": GREEN, "old": "black"}
+    axis.set(xlim=(0, width), ylim=(n_lines + 0.5, -0.5))
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.axis("off")
+    for y, line in enumerate(lines):
+        x = 0
+        for piece, kind in line:
+            axis.text(x, y, piece, color=colours[kind], family="monospace", fontsize=11, va="top",
+                      parse_math=False)
+            x += len(piece)
+
+
+def write_gif(texts, names, tokenizer, is_maze, path, width=sample.WIDTH):
+    """An animated GIF that shows the films (one a model) of each of the texts, again and again.
+
+    A frame stands for 0.7 seconds, the last one of a text three times as long.
+    """
+    plt.switch_backend("Agg")
+    n = len(names)
+    last_frames = [film[-1] for films in texts for film in films]
+    n_lines = max(len(sample.lines_of(frame, frame, tokenizer, width)) for frame in last_frames)
+    n_rows, n_columns, size = n, 1, (0.096 * width, n * (0.5 + 0.2 * n_lines))
+    if is_maze:  # side by side
+        n_rows, n_columns, size = 1, n, (2.6 * n, 3.0)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False,
+                                layout="constrained")
+    writer = PillowWriter(fps=1 / 0.7)
+    with writer.saving(figure, path, dpi=100):
+        for films in texts:
+            for shown in sample.frames(films):
+                for axis, name, (number, frame, before) in zip(axes.flat, names, shown):
+                    axis.clear()
+                    title = f"{name}, step {number}"
+                    if is_maze:
+                        draw(frame, axis, title)
+                    else:
+                        lines = sample.lines_of(frame, before, tokenizer, width)
+                        draw_text(lines, axis, title, width, n_lines)
+                writer.grab_frame()
+            for _ in range(2):
+                writer.grab_frame()
+    plt.close(figure)
+
+
+def draw_films(path, words):
+    """The moving picture of what `sample.py --animate` with these flags (words) shows."""
+    if not path.endswith(".gif"):
+        raise gd.UserError(f"--gif {path}: must end in .gif")
+    args = sample.parse([*words, "--animate"])
+    names, models, tokenizer, _, cfg = sample.load_models(args)
+    known = sample.checked_prompt(args, models, tokenizer, cfg)
+    titles = [label(model) for model in models]
+    if len(set(titles)) == len(titles):
+        names = titles
+    texts = list(sample.all_films(models, cfg, known))
+    write_gif(texts, names, tokenizer, cfg.dataset == "maze", path)
+    return path
 
 
 # -----------------------------------------------------------------------------
@@ -124,7 +242,7 @@ def hero(folder, path):
     figure.get_layout_engine().set(h_pad=0.1)
     for axis, name in zip(axes, ("mdlm", "gumbel", "gumbel-draft")):
         student, _, _ = gd.load_model(f"{folder}/{name}.pt", "cpu")
-        temperature = 0.0 if student.noise else 1.0
+        temperature = 0.0 if student.reads_noise else 1.0
         text = gd.generate(student, 1, student.seq_len, nfe=1, temperature=temperature)
         draw(text[0], axis, f"{label(student)}, one call")
     curve(axes[3], rows, "valid", "share of valid paths")
@@ -137,25 +255,24 @@ def hero(folder, path):
 
 
 def judged(folder, path):
-    """The README's other picture: what `sample.py --eval` says of the run's three students."""
+    """The README's other picture: what judge.py says of the run's three students."""
     students = [folder / f"{name}.pt" for name in ("mdlm", "gumbel", "gumbel-draft")]
-    subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", *students, "--eval",
-                    "--nfe", "1", "3", "10", "-n", str(size(1000)), "--judge", "teacher",
-                    "--featurizer", "teacher", "--out-dir", folder / "eval"], check=True)
-    return draw_judged(folder / "eval", path)
+    subprocess.run([sys.executable, ROOT / "judge.py", "--ckpt", *students, "--nfe", "1", "3", "10",
+                    "-n", str(size(1000)), "--out-dir", folder / "judge"], check=True)
+    return draw_judged(folder / "judge", path)
 
 
 def judged_table(folder):
-    """The rows that `sample.py --eval` left in a folder; there must be a student's among them."""
-    table = json.loads((folder / "results.json").read_text())
+    """The rows that judge.py left in a folder; there must be a student's among them."""
+    table = json.loads((folder / "judged.json").read_text())
     if not any("tau" in row and "gen_ppl" in row for row in table):
-        raise gd.UserError(f"{folder / 'results.json'}: no student is judged in it; name the "
-                           "folder of `sample.py --eval` with a student")
+        raise gd.UserError(f"{folder / 'judged.json'}: no student is judged in it; name the folder "
+                           "of judge.py with a student")
     return table
 
 
 def draw_judged(folder, path=None):
-    """The table of `sample.py --eval` as curves; saved as quality_vs_nfe.png in its folder.
+    """The table of judge.py as curves; saved as quality_vs_nfe.png in its folder.
 
     Real text and the teacher are horizontal lines. Students of one name differ in the line style.
     """
@@ -217,7 +334,7 @@ def draw_log(folder):
 
 
 def draw_frontier(folder):
-    """The table of `sample.py --eval` with several --tau or --temperature: the judge's negative
+    """The table of judge.py with several --tau or --temperature: the judge's negative
     log-likelihood against entropy; saved as frontier.png in its folder.
 
     A panel has one number of steps, a curve one student. Texts to the right and below are better,
@@ -253,20 +370,68 @@ def draw_frontier(folder):
     return folder / "frontier.png"
 
 
+EQUAL = {"gen_ppl": ".2f", "mauve": ".3f", "energy": ".4f", "words": ".1%", "pairs": ".1%"}
+
+
+def at_equal_entropy(rows):
+    """A model writes duller text at a lower temperature or tau, and its perplexity falls. So the
+    models with one nfe are compared at one entropy, the highest that all reach.
+
+    Returns: a row for each model that has rows above and below this entropy, linear between them
+    """
+    curves = {}                                                 # nfe: model: rows by entropy
+    for row in sorted(rows, key=lambda row: row["entropy"]):
+        if "tau" in row:
+            of_models = curves.setdefault(row["nfe"], {})
+            of_models.setdefault(row["model"], []).append(row)
+    result = []
+    for nfe, of_models in sorted(curves.items()):
+        entropy = min(curve[-1]["entropy"] for curve in of_models.values())
+        found = []
+        for model, curve in sorted(of_models.items()):
+            entropies = [row["entropy"] for row in curve]
+            if entropy < entropies[0]:
+                print(f"nfe {nfe}: {model} does not write as dull as entropy {entropy:.3f}")
+                continue
+            found.append({"model": model, "nfe": nfe, "entropy": entropy})
+            for score in EQUAL:
+                for name in (score, score + "_se"):
+                    if all(name in row for row in curve):
+                        values = [row[name] for row in curve]
+                        found[-1][name] = float(np.interp(entropy, entropies, values))
+        if len(found) > 1:
+            result += found
+    return result
+
+
+def print_equal_entropy(folder):
+    rows = at_equal_entropy(judged_table(folder))
+    if rows:
+        print("At equal entropy, between the nearest settings of the sampler:")
+        gd.print_table(rows, dict(model="", nfe="d", entropy=".3f", **EQUAL))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--log", metavar="folder", help="draw this run's log.jsonl instead")
-    parser.add_argument("--judged", metavar="folder", help="draw the table of `sample.py --eval` "
-                        "in this folder instead")
+    parser.add_argument("--judged", metavar="folder", help="draw the table of judge.py in this "
+                        "folder instead")
+    parser.add_argument("--gif", metavar="file", help="draw how texts unmask instead; all flags of "
+                        "sample.py go with it, like --ckpt, -n and --prompt")
     parser.add_argument("--run", default="out/maze", metavar="folder",
                         help="the maze run to draw (out/maze)")
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
+    if others and not args.gif:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     plt.switch_backend("Agg")
     try:
-        if args.log:
+        if args.gif:
+            paths = [draw_films(args.gif, others)]
+        elif args.log:
             paths = [draw_log(Path(args.log))]
         elif args.judged:
             paths = [draw_judged(Path(args.judged)), draw_frontier(Path(args.judged))]
+            print_equal_entropy(Path(args.judged))
         else:
             paths = [hero(Path(args.run), FIGURES / "hero.png"),
                      judged(Path(args.run), FIGURES / "maze_quality_vs_nfe.png")]

@@ -8,11 +8,13 @@ import pytest
 from conftest import ROOT
 
 BELOW = {  # the files of this program that each file may import
-    "data": set(),
-    "gumbel_distill": {"data"},
-    "sample": {"data", "gumbel_distill"},
-    "ablation": {"data", "gumbel_distill", "sample"},
-    "train_teacher": {"data", "gumbel_distill"},
+    "config": set(),
+    "data": {"config"},
+    "gumbel_distill": {"config", "data"},
+    "sample": {"config", "data", "gumbel_distill"},
+    "judge": {"config", "data", "gumbel_distill", "sample"},
+    "ablation": {"config", "data", "gumbel_distill", "sample"},
+    "train_teacher": {"config", "data", "gumbel_distill"},
 }
 SLOW = {"datasets", "tiktoken", "mauve", "transformers", "matplotlib", "pyarrow"}
 

@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 import data
 import gumbel_distill as gd
@@ -97,7 +98,8 @@ def test_a_notebook_is_short_cells_with_stored_outputs_and_redefines_nothing(pat
     book = nbformat.read(path, as_version=4)
     for word in ("**Goal.**", "**In the paper.**", "**In the code.**", "**Time.**"):
         assert word in book.cells[0].source
-    own = set().union(*(names_of(ROOT / f) for f in ("data.py", "gumbel_distill.py", "sample.py")))
+    own = set().union(*(names_of(ROOT / f) for f in ("data.py", "gumbel_distill.py", "sample.py",
+                                                   "judge.py")))
     for name in re.findall(r"`([\w-]+)`", book.cells[0].source.split("**Time.**")[0]):
         assert name in own or name in ["block_size", *gd.STUDENTS], name
     cells = code_cells(path)
@@ -161,8 +163,8 @@ def test_the_pictures_of_the_readme_are_drawn_by_one_command(
         assert status == 0 and str(picture) in said and picture.stat().st_size > 10_000, err
     status, said, err = cli(classroom.main, "--log", folder)
     assert status == 0 and (folder / "log.png").stat().st_size > 10_000, err
-    status, said, err = cli(classroom.main, "--judged", folder / "eval")
-    picture = folder / "eval" / "quality_vs_nfe.png"
+    status, said, err = cli(classroom.main, "--judged", folder / "judge")
+    picture = folder / "judge" / "quality_vs_nfe.png"
     assert status == 0 and str(picture) in said and picture.stat().st_size > 10_000, err
     for flag in ("--run", "--log", "--judged"):
         status, _, err = cli(classroom.main, flag, folder / "missing")
@@ -170,10 +172,11 @@ def test_the_pictures_of_the_readme_are_drawn_by_one_command(
     (tmp_path / "log.jsonl").touch()
     status, _, err = cli(classroom.main, "--log", tmp_path)
     assert status == 1 and "has no validation yet" in err
-    status, _, err = cli(classroom.main, "--judged", folder)   # a table, but not that of --eval
+    (tmp_path / "judged.json").write_text('[{"model": "teacher", "gen_ppl": 2.0}]')
+    status, _, err = cli(classroom.main, "--judged", tmp_path)
     assert status == 1 and "no student is judged in it" in err
     (folder / "log.png").unlink()
-    shutil.rmtree(folder / "eval")
+    shutil.rmtree(folder / "judge")
 
 
 def test_pictures_tell_the_students_apart(maze_run, tmp_path, monkeypatch):
@@ -209,3 +212,49 @@ def test_forbidden_moves_are_told_from_allowed_ones(monkeypatch):
     assert colours(path) == [classroom.BLUE] * 10
     assert colours([path[0], *path[2:], path[1]]).count(classroom.RED) >= 2
     assert colours([classroom.MASK] * 10) == []
+
+
+def test_a_moving_picture_has_the_frames_of_the_film(maze_run, cli, tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    import classroom
+    folder, _ = maze_run
+    given = ["--ckpt", folder / "mdlm.pt", folder / "gumbel.pt", "--nfe", 3, "--order",
+             "first-hitting", "-n", 2]
+    status, said, err = cli(classroom.main, "--gif", tmp_path / "a.gif", *given)
+    assert status == 0 and "a.gif" in said, err
+    picture = image.open(tmp_path / "a.gif")
+    assert picture.n_frames >= 2 * 4 and picture.info["loop"] == 0
+    words = gd.Tokenizer(["$$", "a"])                           # no formula of matplotlib
+    films = [[torch.full((60,), 2), torch.zeros(60, dtype=torch.long)]]
+    classroom.write_gif([films], ["mdlm"], words, False, str(tmp_path / "text.gif"))
+    picture = image.open(tmp_path / "text.gif")
+    milliseconds = 0
+    for number in range(picture.n_frames):
+        picture.seek(number)
+        milliseconds += picture.info["duration"]
+    assert milliseconds == 2800                                 # the last of two frames stays
+    for args, said in ((["--gif", "film.mp4"], "must end in .gif"), (["--nfe", 3], "--nfe"),
+                       (["--gif", "a.gif", *given, "--exact"], "--animate")):
+        status, _, err = cli(classroom.main, *args)
+        assert status in (1, 2) and said in err.splitlines()[-1], err
+
+
+def test_models_are_compared_at_the_entropy_that_all_reach(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    import classroom
+
+    def rows(model, *points, nfe=4):
+        return [dict(model=model, nfe=nfe, tau=1, entropy=h, energy=energy, energy_se=0.03,
+                     gen_ppl=ppl, gen_ppl_se=1.0) for h, ppl, energy in points]
+    table = rows("a", (3.0, 50.0, 0.4), (2.0, 40.0, 0.2))
+    table += rows("b", (1.5, 30.0, 0.0), (2.5, 70.0, 0.1)) + [dict(model="real", entropy=1.0)]
+    table += rows("other steps", (2.0, 4.0, 0.2), (3.0, 5.0, 0.4), nfe=9)
+    a, b = classroom.at_equal_entropy(table)
+    assert (a["model"], b["model"]) == ("a", "b")
+    assert a["entropy"] == b["entropy"] == 2.5 and a["nfe"] == b["nfe"] == 4
+    assert (a["gen_ppl"], a["energy"], a["energy_se"]) == pytest.approx((45, 0.3, 0.03))
+    assert (b["gen_ppl"], b["energy"]) == pytest.approx((70, 0.1)) and "mauve" not in a
+    lively = rows("lively", (4.0, 5.0, 0.4), (5.0, 4.0, 0.2))
+    assert classroom.at_equal_entropy(table + lively) == [a, b]
+    assert "lively does not write as dull as entropy 2.5" in capsys.readouterr().out

@@ -344,7 +344,8 @@ def test_lm1b_end_to_end_with_a_small_model(cli, tmp_path, cache, real_data):
         "--val-files", real_data / "lm1b" / "*-00000-of-*", "--max-tokens", 50_000, "--tokenizer",
         "gpt2-1024", "--seq-len", 16, "--n-layer", 1, "--n-head", 2, "--n-embd", 32, "--batch-size",
         8, "--grad-accum", 1, "--max-steps", 30, "--warmup", 5, "--eval-every", 30, "--nfe", 2,
-        "--n-samples", 16, "--tau", 0.8, 1, "--students", "gumbel", "--out-dir", out)
+        "--n-samples", 16, "--tau", 0.8, 1, "--temperature", 0, "--students",
+        "gumbel", "--out-dir", out)
     assert status == 0, err
     rows = json.loads((out / "results.json").read_text())
     assert [r["tau"] for r in rows if r["model"] == "gumbel"] == [0.8, 1.0]
@@ -398,7 +399,7 @@ def test_a_student_learns_from_a_gpt2_teacher(gpt2_folder, cli, tmp_path, cache)
     given = ["--dataset", "lm1b", "--train-files", write(tmp_path / "a.txt", LM1B * 50),
              "--seq-len", 8, "--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--batch-size", 8,
              "--max-steps", 2, "--eval-every", 2, "--nfe", 2, "--n-samples", 4, "--students",
-             "gumbel", "--device", "cpu", "--out-dir", out]
+             "gumbel", "--init-from", "scratch", "--device", "cpu", "--out-dir", out]
     status, said, err = cli(gd.main, *given, "--teacher", gpt2_folder)
     assert status == 0, err
     assert [path.name for path in out.glob("*.pt")] == ["gumbel.pt"]
