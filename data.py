@@ -462,9 +462,10 @@ def load_tokens(cfg, name, source, tokenizer, limit):
 
     if not os.path.exists(path):
         if tokenizer is None:
-            letters = {"\n"}
-            for piece in pieces():
+            letters, n_left = {"\n"}, max(limit, 2**24)         # a short trial has all letters
+            for piece in itertools.takewhile(lambda _: n_left > 0, pieces()):
                 letters.update(piece or "")
+                n_left -= len(piece or "")
             tokenizer = Tokenizer(sorted(letters))
         head = json.dumps(tokenizer.state)
         temporary = f"{path}.{os.getpid()}.tmp"
@@ -498,9 +499,8 @@ def find_files(flag, pattern):
                         "'texts/*.txt' (of a folder take 'folder/*')")
     for path in paths:
         if file_format(path)[0] is None:
-            raise UserError(f"{flag} {path}: of this ending no format is known; leave the file out, "
-                            f"or give it one of {', '.join(filter(None, FORMATS))} (and "
-                            f"{', '.join(UNPACK)} if it is packed)")
+            raise UserError(f"{flag} {path}: a format not known; leave the file out, or give it an "
+                            f"ending of {', '.join([*FORMATS, *UNPACK][1:])}")
     return paths
 
 

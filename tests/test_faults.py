@@ -259,3 +259,105 @@ def test_a_folder_of_a_library_that_cannot_be_written_is_named(monkeypatch, real
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
     with pytest.raises(gd.UserError, match="'/proc/none'.*TIKTOKEN_CACHE_DIR"):
         gd.Tokenizer()
+
+
+# -----------------------------------------------------------------------------
+# Disks, numbers, clusters, terminals
+MAZE = [*TINY, "--students", "mdlm", "--device", "cpu", "--dtype", "float32", "--no-compile"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_leaves_the_last_checkpoint(cli, tmp_path):
+    given = [*MAZE, "--out-dir", tmp_path]
+    assert cli(gd.main, *given)[0] == 0
+    before = (tmp_path / "teacher.pt").read_bytes()
+    (tmp_path / "mdlm.pt").unlink()
+    os.symlink("/dev/full", tmp_path / "mdlm.pt.tmp")
+    assert_refused(cli(gd.main, *given), "mdlm.pt", "room")
+    assert (tmp_path / "teacher.pt").read_bytes() == before
+    assert not (tmp_path / "mdlm.pt").exists()
+    os.remove(tmp_path / "mdlm.pt.tmp")
+    assert cli(gd.main, *given)[0] == 0
+
+
+def test_a_model_that_is_not_a_number_is_not_kept(cli, tmp_path):
+    given = [*MAZE, "--out-dir", tmp_path, "--warmup", 0, "--eval-every", 1]
+    assert_refused(cli(gd.main, *given, "--lr", "1e30"), "nan", "--lr")
+    assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("world", ["2", "many"])
+def test_a_cluster_that_is_no_torchrun_is_told_so(world, tmp_path):
+    done = run_at(tmp_path, *MAZE, "--grad-accum", 2, WORLD_SIZE=world)
+    assert_refused((done.returncode, "", done.stderr), "WORLD_SIZE", world, "torchrun", "RANK")
+
+
+def test_writing_knows_nothing_of_a_cluster(cli, tmp_path):
+    assert cli(gd.main, *MAZE, "--out-dir", tmp_path)[0] == 0
+    for env in (dict(WORLD_SIZE="many", RANK="1"),
+                dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1")):
+        done = run_at(tmp_path, "--ckpt", "mdlm.pt", "-n", 1, script="sample.py", **env)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def interrupted(main, monkeypatch, name, after):
+    """main, in which the call number `after` of the function gd.`name` is met by Ctrl-C."""
+    real, calls = getattr(gd, name), []
+
+    def stop(*args, **settings):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(*args, **settings)
+    monkeypatch.setattr(gd, name, stop)
+    return main
+
+
+@pytest.mark.parametrize("name, after, goes_on", [
+    ("load_data", 0, False), ("backward", 1, False), ("backward", 3, True), ("generate", 0, True)])
+def test_ctrl_c_says_whether_the_same_command_goes_on(name, after, goes_on, cli, tmp_path,
+                                                      monkeypatch):
+    """Which it does once there is a checkpoint."""
+    monkeypatch.setattr(config, "SAVED", [])
+    given = [*MAZE, "--out-dir", tmp_path]
+    with monkeypatch.context() as patch:
+        status, _, err = cli(interrupted(gd.main, patch, name, after), *given)
+    assert status == 130 and err.count("\n") == 1
+    assert (str(tmp_path / "teacher.pt") in err or str(tmp_path / "mdlm.pt") in err) == goes_on
+    assert ("goes on" in err) == goes_on == bool(list(tmp_path.glob("*.pt")))
+    status, said, err = cli(gd.main, *given)
+    assert status == 0 and ("from step 0/4" not in said.split("mdlm:")[0]) == goes_on, err
+
+
+@pytest.mark.parametrize("args, said", [
+    ("--train-files a.txt b.txt", ["b.txt", "quote"]), ("--train-files a b c", ["b", "quote"]),
+    ("--dataset maz", ["maz", "mean maze"]), ("--dataset LM1B", ["LM1B", "lm1b"]),
+    ("--students draft", ["draft", "mean gumbel-draft"]), ("--students mdml", ["mean mdlm"]),
+    ("--students mdlm,gumbel", ["spaces: mdlm gumbel"]), ("--nfe 1,3,10", ["spaces: 1 3 10"]),
+    ("--tau 0.5,1", ["spaces: 0.5 1"]), ("--max-steps 1e3", ["1e3", "whole number"]),
+    ("--lr 0,1", ["'0,1'", "no number"]), ("--lr", ["--lr", "argument"]),
+    ("--batchsize 3", ["--batchsize", "mean --batch-size"]), ("-lr 3", ["mean --lr"]),
+    ("--maxsteps=3", ["--maxsteps", "mean --max-steps"]), ("--t 3", ["--t-min", "--tau"]),
+    ("--nfe", ["--nfe", "argument"]), ("—lr 3", ["—lr"])])
+def test_a_slip_of_the_shell_or_the_keys_gets_its_cure(args, said, cli):
+    assert_refused(cli(gd.main, *args.split()), *said)
+
+
+def test_help_has_every_setting_of_a_dataset_once(cli):
+    """In the table below, not in the lines of the flags; and no default that says nothing."""
+    text = cli(gd.main, "--help")[1]
+    assert "None" not in text
+    head, _, table = text.partition("by --dataset")
+    for name in {name for preset in config.PRESETS.values() for name in preset}:
+        row = next(line.split() for line in table.split("\n")
+                   if line.startswith(config.flag(name) + " "))
+        values = [preset[name] for preset in config.PRESETS.values() if name in preset]
+        assert " ".join(row[1:]) == " ".join(map(config.words, values))
+        assert head.count("\n  " + config.flag(name) + " ") == 1
+
+
+def test_a_terminal_that_lacks_a_letter_shows_another(tmp_path):
+    code = "import config; config.run_cli(lambda: print('na\\u00efve', '\\u4e2d'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.split() == [b"na?ve", b"?"], done.stderr
