@@ -9,7 +9,6 @@ import datetime
 import difflib
 import functools
 import hashlib
-import math
 import os
 import sys
 
@@ -170,8 +169,9 @@ def resolve(cfg):
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)                            # a number, or several
         least = 0 if f.type is float or f.name in ("seed", "warmup") else 1
-        most = 1 if f.name in ("dropout", "ema", "top_p") else math.inf
-        if f.type in (int, float) and value is not None and not least <= np.min(value) <= most:
+        most = 1 if f.name in ("dropout", "ema", "top_p", "t_min") else 1e18    # inf is too much
+        if f.type in (int, float) and value is not None and not (
+                least <= np.min(value) <= np.max(value) <= most):
             raise UserError(f"{flag(f.name)} {value}: must lie between {least} and {most}")
     cfg.block_size = cfg.block_size or cfg.seq_len
     for whole, part, message in [

@@ -481,12 +481,15 @@ def load_tokens(cfg, name, source, tokenizer, limit):
         finally:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
-    with open(path, "rb") as f:
-        tokenizer = Tokenizer(**json.loads(f.readline()))
-        start = f.tell()
-    if os.path.getsize(path) == start:  # nothing cannot be mapped
-        raise UserError(f"--{name}-files: there is no text in them, too few tokens")
-    return np.memmap(path, np.uint16, "r", start), tokenizer
+    try:
+        with open(path, "rb") as f:
+            tokenizer = Tokenizer(**json.loads(f.readline()))
+            start = f.tell()
+        if os.path.getsize(path) == start:  # nothing cannot be mapped
+            raise UserError(f"--{name}-files: there is no text in them, too few tokens")
+        return np.memmap(path, np.uint16, "r", start), tokenizer
+    except ValueError as e:  # not by this program: a file gets its name when it is whole
+        raise UserError(f"{path}: damaged {cause(e)}; delete it, it is made again") from e
 
 
 def find_files(flag, pattern):

@@ -261,6 +261,23 @@ def test_a_folder_of_a_library_that_cannot_be_written_is_named(monkeypatch, real
         gd.Tokenizer()
 
 
+@pytest.mark.parametrize("left", [0, 5, 101])
+def test_a_damaged_file_of_the_cache_is_named(left, tmp_path):
+    (tmp_path / "a.txt").write_text(TO_BE)
+    load(tmp_path / "a.txt")
+    [tokens] = (tmp_path / "cache").iterdir()
+    with open(tokens, "r+b") as f:
+        f.truncate(left)
+    with pytest.raises(gd.UserError, match=f"{tokens}.*delete it"):
+        load(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("args", ["--seed 1" + 30 * "0", "--batch-size 1" + 30 * "0", "--lr inf",
+                                  "--temperature inf", "--tau 1 inf", "--t-min 2"])
+def test_a_number_without_measure_is_refused(args, cli):
+    assert_refused(cli(gd.main, *TINY, *args.split()), args.split()[0], args.split()[-1][:5])
+
+
 # -----------------------------------------------------------------------------
 # Disks, numbers, clusters, terminals
 MAZE = [*TINY, "--students", "mdlm", "--device", "cpu", "--dtype", "float32", "--no-compile"]
