@@ -55,7 +55,8 @@ class UserError(Exception):
 
 def run_cli(main):
     """Call main(); what a user can mend becomes one line on stderr, without a traceback."""
-    sys.stdout.reconfigure(errors="replace")                    # a terminal that lacks a letter
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")                # a terminal that lacks a letter
     try:
         main()
         leave_group()
@@ -121,8 +122,7 @@ class Config:
     dropout: float = option(None, "dropout probability")
     block_size: int = option(None, "BD3-LM's block length; seq_len, the default, is MDLM")
     students: str = option(None, "one or more of mdlm, in blocks bd3lm, and gumbel, "
-                           "gumbel-draft; without it all", nargs="+",
-                           choices=STUDENTS)
+                           "gumbel-draft; without it all", nargs="+", choices=STUDENTS)
     labels: str = option("data", "real text or the teacher's own", choices=["data", "teacher"])
     teacher: str = option(None, "a checkpoint, gpt2, gpt2-large or a folder; or --out-dir's own")
     init_from: str = option(None, "weights of the students at the start: scratch, teacher, or a "
@@ -168,10 +168,13 @@ def resolve(cfg):
     cfg = dataclasses.replace(cfg, **missing)
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)                            # a number, or several
+        if f.type not in (int, float) or value is None:
+            continue
         least = 0 if f.type is float or f.name in ("seed", "warmup") else 1
-        most = 1 if f.name in ("dropout", "ema", "top_p", "t_min") else 1e18    # inf is too much
-        if f.type in (int, float) and value is not None and not (
-                least <= np.min(value) <= np.max(value) <= most):
+        most = 1e38 if f.type is float else 2**62               # what torch can hold
+        if f.name in ("dropout", "ema", "top_p", "t_min"):
+            most = 1
+        if not least <= np.min(value) <= np.max(value) <= most:
             raise UserError(f"{flag(f.name)} {value}: must lie between {least} and {most}")
     cfg.block_size = cfg.block_size or cfg.seq_len
     for whole, part, message in [
@@ -236,7 +239,7 @@ def words(value):
 def add_flags(parser, *names, **defaults):
     """A flag for each named field of Config, or for all; `defaults` replace those of Config.
     What differs between the datasets goes into a table below the help text."""
-    rows = []
+    table = ["by --dataset " + "".join(f"{name:>14}" for name in PRESETS)]
     for f in dataclasses.fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
@@ -248,16 +251,14 @@ def add_flags(parser, *names, **defaults):
         if how["default"] is not None:
             how["help"] += f" ({words(how['default'])})"
         elif any(f.name in preset for preset in PRESETS.values()):
-            row = {name: words(preset.get(f.name, "")) for name, preset in PRESETS.items()}
-            rows.append({"by --dataset": flag(f.name), **row})
+            cells = [words(preset.get(f.name, "")) for preset in PRESETS.values()]
+            table.append(f"{flag(f.name):13}" + "".join(f"{cell:>14}" for cell in cells))
         if f.type is not bool and ("nargs" in how or "choices" not in how):
             how["metavar"] = f.name.split("_")[-1].upper()
         group.add_argument(flag(f.name), **how)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter          # the lines stay lines
     parser.usage = "%(prog)s [--flag value ...]"
-    if rows:
-        table = format_table(rows, dict.fromkeys(rows[0], ""))
-        parser.epilog = f"{parser.epilog or ''}\n{table}".strip()
+    parser.epilog = "\n".join([parser.epilog or "", *table]).lstrip()
     return parser
 
 
@@ -315,10 +316,6 @@ COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "valid": ".1
 
 
 def print_table(rows, columns=COLUMNS):
-    print(format_table(rows, columns))
-
-
-def format_table(rows, columns):
     """Rows (dicts) as aligned text, with those of the columns that any row has. Where a row has a
     NAME_se, too, it stands behind NAME."""
     names = [name for name in columns if any(name in row for row in rows)]
@@ -331,8 +328,6 @@ def format_table(rows, columns):
                 cell += " ± " + format(row[name + "_se"], columns[name])
             lines[-1].append(cell)
     widths = [max(map(len, column)) for column in zip(*lines)]
-    text = []
     for first, *others in lines:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        text.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(text)
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
