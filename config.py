@@ -258,7 +258,8 @@ def add_flags(parser, *names, **defaults):
         group.add_argument(flag(f.name), **how)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter          # the lines stay lines
     parser.usage = "%(prog)s [--flag value ...]"
-    parser.epilog = "\n".join([parser.epilog or "", *table]).lstrip()
+    if table[1:]:
+        parser.epilog = "\n".join([parser.epilog or "", *table]).lstrip()
     return parser
 
 

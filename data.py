@@ -423,8 +423,9 @@ def read_pieces(source, by_line):
             raise UserError(f"{source[0]} cannot be fetched from the Hugging Face hub {cause(e)}: "
                             "name a copy on disk with --train-files and --val-files (text, "
                             ".jsonl or .parquet)") from e
-        raise UserError(f"{source}: cannot be read at or after row {number} {cause(e)}; mend or "
-                        "remove that row, or leave the file out") from e
+        raise UserError(f"{source}: cannot be read at or after row {number} {cause(e)}: text is "
+                        "UTF-8, a row of JSON an object with a field \"text\"; mend or remove that "
+                        "row, or leave the file out") from e
 
 
 def write_tokens(file, pieces, tokenizer, limit, where):
