@@ -8,7 +8,6 @@ from the default run. To ask a question of your own, add a line there: what is f
 trained again.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import Config, add_flags, print_table, resolve, run_cli
+from config import Config, Parser, add_flags, print_table, resolve, run_cli
 from data import load_data
 from gumbel_distill import Student, evaluate, get_student, get_teacher, load_model, prepare
 from gumbel_distill import q_sample, run, sample_gumbel, student_loss
@@ -137,7 +136,7 @@ def verified_rows(cfg):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     args = add_flags(parser, *FIELDS, out_dir="out/ablation").parse_args()
     jobs = {}                                                   # (name, seed): settings
     for name, (change, n_seeds) in RUNS.items():

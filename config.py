@@ -6,8 +6,9 @@ Every field of Config is a command-line flag of the same name.
 import argparse
 import dataclasses
 import datetime
+import difflib
+import functools
 import hashlib
-import math
 import os
 import sys
 import threading
@@ -17,9 +18,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# torchrun starts WORLD processes with numbers RANK from 0; without it there is one.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+# torchrun starts WORLD processes with numbers RANK from 0, and says so in all of these variables;
+# without it there is one, even where a cluster has set some of them.
+LAUNCH = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+IS_LAUNCHED = all(name in os.environ for name in LAUNCH)
+RANK = int(os.environ["RANK"]) if IS_LAUNCHED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if IS_LAUNCHED else 1
 HAS_GPU = torch.cuda.is_available()
 TOKENIZERS = ["char", "gpt2", "gpt2-1024", "gpt2-4096"]
 STUDENTS = ["mdlm", "bd3lm", "gumbel", "gumbel-draft"]
@@ -52,6 +56,8 @@ class UserError(Exception):
 
 def run_cli(main):
     """Call main(); what a user can mend becomes one line on stderr, without a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")                # a terminal that lacks a letter
     try:
         main()
         leave_group()
@@ -64,7 +70,8 @@ def run_cli(main):
         sys.exit("error: out of memory: lower --batch-size, or split the batch into more pieces "
                  f"with --grad-accum ({e!r:.99})")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = f"; the same command goes on from {SAVED[-1]}" if SAVED else ""
+        print("stopped" + goes_on, file=sys.stderr)
         sys.exit(130)
 
 
@@ -89,13 +96,20 @@ def side_by_side(jobs, cfg):
         torch.set_num_threads(n_cores)
 
 
-def join_group(device):
-    """Under torchrun: join the other processes. The first of them speaks for all."""
+def join_group(cfg):
+    """Join the processes of torchrun, where it started some, into a group; each has its GPU."""
+    if not IS_LAUNCHED and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of "
+                        f"{', '.join(LAUNCH)} are set: start several processes with torchrun "
+                        "--nproc_per_node N, or unset WORLD_SIZE")
+    if cfg.grad_accum < WORLD:
+        raise UserError(f"--grad-accum {cfg.grad_accum}: must be {WORLD} or more for {WORLD} "
+                        "processes, which share the pieces of a batch")
     if WORLD > 1:
-        if device == "cuda":
+        if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=datetime.timedelta(days=1))        # tokenising takes long
-    if RANK > 0:
+    if RANK > 0:  # process 0 speaks for all
         sys.stdout = open(os.devnull, "w")
 
 
@@ -118,26 +132,25 @@ def option(default, help, **how):
 class Config:
     """Settings of a run. None means: as PRESETS says for the dataset."""
     dataset: str = option("maze", "what to learn", choices=PRESETS)
-    train_files: str = option(None, "text, .jsonl or .parquet: a file or a quoted glob; or the hub")
-    val_files: str = option(None, "files to validate on; or the last 10%% of the training text")
+    train_files: str = option(None, "text, .jsonl or .parquet, packed or not: a file or a "
+                              "quoted glob; without it the Hugging Face hub")
+    val_files: str = option(None, "files to validate on, which are left out of training; without "
+                            "it the last 10%% of the training text")
     tokenizer: str = option(None, "gpt2-N: the first N - 1 tokens of GPT-2's BPE and "
                             "<|endoftext|>", choices=TOKENIZERS)
     max_tokens: int = option(None, "use at most this many training tokens")
-    # model: teacher and students have one shape
     seq_len: int = option(None, "tokens per sequence")
     n_layer: int = option(None, "layers of the Transformer")
     n_head: int = option(None, "attention heads")
     n_embd: int = option(None, "width")
     dropout: float = option(None, "dropout probability")
     block_size: int = option(None, "BD3-LM's block length; seq_len, the default, is MDLM")
-    # distillation
-    students: str = option(None, "(mdlm, in blocks bd3lm, and gumbel gumbel-draft)", nargs="+",
-                           choices=STUDENTS)
+    students: str = option(None, "one or more of mdlm, in blocks bd3lm, and gumbel, "
+                           "gumbel-draft; without it all", nargs="+", choices=STUDENTS)
     labels: str = option("data", "real text or the teacher's own", choices=["data", "teacher"])
     teacher: str = option(None, "a checkpoint, gpt2, gpt2-large or a folder; or --out-dir's own")
     init_from: str = option(None, "weights of the students at the start: scratch, teacher, or a "
                             "checkpoint of their shape")
-    # training
     batch_size: int = option(None, "sequences per optimiser step; of sample.py: texts at once")
     grad_accum: int = option(None, "pieces to split a batch into, to save memory")
     max_steps: int = option(None, "optimiser steps of each model")
@@ -147,20 +160,24 @@ class Config:
     t_min: float = option(None, "smallest time t that a student sees in training")
     ema: float = option(None, "decay per step of the averaged weights; 0: none")
     eval_every: int = option(None, "steps between validations; each writes the checkpoint")
-    # sampling
     nfe: int = option(None, "function evaluations of a text, one or more numbers", nargs="+")
     tau: float = option((1.0,), "scale of the noise, one or more numbers", nargs="+")
     temperature: float = option((0.0, 1.0), "to draw tokens with, one or more numbers; 0: argmax",
                                 nargs="+")
     top_p: float = option(1.0, "nucleus: the likeliest tokens of this total")
     n_samples: int = option(None, "texts per row of the table")
-    # machine
     seed: int = option(0, "seed of every random draw")
     device: str = option("cuda" if HAS_GPU else "cpu", "cpu or cuda", choices=["cpu", "cuda"])
     dtype: str = option("bfloat16" if HAS_GPU else "float32", "of the training",
                         choices=["float32", "bfloat16"])
     compile: bool = option(HAS_GPU, "torch.compile", action=argparse.BooleanOptionalAction)
     out_dir: str = option(None, "folder of this run (out/<dataset>)")
+
+
+# The first flag of each group of the help text
+GROUPS = {"dataset": "data", "seq_len": "model: teacher and students have one shape",
+          "block_size": "students", "batch_size": "training", "nfe": "sampling",
+          "seed": "machine"}
 
 
 def flag(name):
@@ -170,13 +187,19 @@ def flag(name):
 def resolve(cfg):
     """Fill in the dataset's preset, and check what argparse cannot; returns a new Config."""
     preset = dict(PRESETS[cfg.dataset], out_dir=f"out/{cfg.dataset}")
+    if cfg.teacher and not cfg.teacher.endswith(".pt"):         # of transformers: another shape
+        preset["init_from"] = "scratch"
     missing = {name: value for name, value in preset.items() if getattr(cfg, name) is None}
     cfg = dataclasses.replace(cfg, **missing)
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)                            # a number, or several
+        if f.type not in (int, float) or value is None:
+            continue
         least = 0 if f.type is float or f.name in ("seed", "warmup") else 1
-        most = 1 if f.name in ("dropout", "ema", "top_p", "t_min") else math.inf
-        if f.type in (int, float) and value is not None and not least <= np.min(value) <= most:
+        most = 1e38 if f.type is float else 2**62               # what torch can hold
+        if f.name in ("dropout", "ema", "top_p", "t_min"):
+            most = 1
+        if not least <= np.min(value) <= np.max(value) <= most:
             raise UserError(f"{flag(f.name)} {value}: must lie between {least} and {most}")
     cfg.block_size = cfg.block_size or cfg.seq_len
     for whole, part, message in [
@@ -186,12 +209,9 @@ def resolve(cfg):
              "--grad-accum")]:
         if whole % part:
             raise UserError(message.format(whole, part))
-    if cfg.grad_accum < WORLD:
-        raise UserError(f"--grad-accum {cfg.grad_accum}: must be {WORLD} or more for {WORLD} "
-                        "processes, which share the pieces of a batch")
     if cfg.init_from == "teacher" and not (cfg.teacher or ".pt").endswith(".pt"):
         raise UserError(f"--teacher {cfg.teacher}: a model of transformers has another shape than "
-                        "the students, so they cannot begin with it; add --init-from scratch")
+                        "the students, so they cannot begin with it; use --init-from scratch")
     if cfg.device == "cuda" and not HAS_GPU:
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
     cfg.students = cfg.students or ["mdlm", "gumbel", "gumbel-draft"]
@@ -200,24 +220,81 @@ def resolve(cfg):
     return cfg
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line with the cure."""
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument "))
+
+    def parse_args(self, args=None, namespace=None):
+        given, others = self.parse_known_args(args, namespace)
+        if others and others[0].startswith("-"):
+            near = nearest(others[0].split("=")[0], map(flag, vars(given)))
+            raise UserError(f"{others[0]}: no flag of this program, --help lists them{near}")
+        if others:
+            raise UserError(f"{others[0]} is one value too many: quote a glob, as in --train-files "
+                            "'texts/*.txt', lest the shell makes many of it")
+        return given
+
+
+def nearest(word, choices):
+    """A question after the choice that is most like the word, if any is."""
+    near = difflib.get_close_matches(word, choices, 1, 0.58)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def read_value(field, text):
+    """The value of a field of Config from what stands behind its flag."""
+    choices = field.metadata.get("choices")
+    cure = ""
+    if "," in text and "nargs" in field.metadata:
+        cure = f"; separate by spaces: {text.replace(',', ' ')}"
+    if choices and text not in choices:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}"
+                                         + (cure or nearest(text, choices)))
+    try:
+        return field.type(text)
+    except ValueError:
+        kind = "whole number" if field.type is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind}{cure}") from None
+
+
+def words(value):
+    """A setting as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def add_flags(parser, *names, **defaults):
-    """A flag for each named field of Config, or for all; `defaults` replace those of Config."""
+    """A flag for each named field of Config, or for all; `defaults` replace those of Config.
+    What differs between the datasets goes into a table below the help text."""
+    table = ["by --dataset " + "".join(f"{name:>14}" for name in PRESETS)]
     for f in dataclasses.fields(Config):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         if names and f.name not in names:
             continue
         how = dict(f.metadata, default=defaults.get(f.name, f.default))
         if f.type is not bool:
-            how["type"] = f.type
-        presets = [f"{name} {preset[f.name]}" for name, preset in PRESETS.items()
-                   if f.name in preset and f.name not in defaults]
-        how["help"] += f" ({', '.join(presets) or how['default']})"
-        parser.add_argument(flag(f.name), **how)
+            how["type"] = functools.partial(read_value, f)
+        if how["default"] is not None:
+            how["help"] += f" ({words(how['default'])})"
+        elif any(f.name in preset for preset in PRESETS.values()):
+            cells = [words(preset.get(f.name, "")) for preset in PRESETS.values()]
+            table.append(f"{flag(f.name):13}" + "".join(f"{cell:>14}" for cell in cells))
+        if f.type is not bool and ("nargs" in how or "choices" not in how):
+            how["metavar"] = f.name.split("_")[-1].upper()
+        group.add_argument(flag(f.name), **how)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter          # the lines stay lines
+    parser.usage = "%(prog)s [--flag value ...]"
+    if table[1:]:
+        parser.epilog = "\n".join([parser.epilog or "", *table]).lstrip()
     return parser
 
 
 # -----------------------------------------------------------------------------
 # Checkpoints: a file that needs nothing else, and what it must agree with
 FORMAT = 3                          # another format is not read
+SAVED = []                          # paths of what this process has written
 
 
 def load_checkpoint(path):
@@ -242,6 +319,7 @@ def save_checkpoint(path, parts, **about):
         raise UserError(f"{path}: cannot be written ({e!r:.99}), the last checkpoint stands; make "
                         "room, or use another --out-dir") from e
     os.replace(path + ".tmp", path)
+    SAVED.append(path)
 
 
 def resume(path, settings, parts):

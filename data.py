@@ -4,13 +4,17 @@ Each load_... returns a Data: token ids to train and to validate on, their token
 where texts can be right or wrong. What comes from GPT-2 (its tokens, its models) is here as well.
 """
 
+import bz2
 import contextlib
 import functools
 import glob
+import gzip
 import hashlib
 import inspect
+import io
 import itertools
 import json
+import lzma
 import os
 import random
 import re
@@ -48,9 +52,10 @@ class Tokenizer:
         return np.array(self.encode_batch([text], where)[0], dtype=np.uint16)
 
     def encode_batch(self, texts, where="the text"):
-        """One list of token ids for each text; GPT-2's BPE works on all cores."""
+        """One list of token ids for each text; GPT-2's BPE works on all cores. There the letters
+        <|endoftext|> are the one token that is written so: what was printed reads back."""
         if self.words is None:
-            return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+            return self.bpe.encode_batch(texts, num_threads=os.cpu_count(), allowed_special="all")
         if self.sep:
             texts = [text.split() for text in texts]
         unknown = sorted(set().union(*texts) - self.ids.keys())
@@ -303,8 +308,8 @@ HUB = {"tinystories": {"train": ("roneneldan/TinyStories", "train"),
                        "val": ("roneneldan/TinyStories", "validation")},
        "lm1b": {"train": ("dvruette/lm1b", "train"), "val": ("dvruette/lm1b", "test")},
        "owt": {"train": ("Skylion007/openwebtext", "train")}}
-CACHE = "data"                  # folder of the tokenised texts
-PIECE = 2**16                   # longest piece of text, in characters, that is tokenised at once
+CACHE = ".cache"                # folder of the tokenised texts, which no glob like '**/*' matches
+PIECE = 2**14                   # longest piece of text, in characters, that is tokenised at once
 MAX_VAL_TOKENS = 10_000_000     # of the 10 % that are held back where there are no --val-files
 
 
@@ -339,47 +344,94 @@ def detokenize(text):
     return text
 
 
+# The formats of files by their endings, and what opens packed ones.
+FORMATS = {"": "text", ".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json",
+           ".ndjson": "json", ".parquet": "parquet"}
+UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+# What ends a document within a text, with the line ends around it. At the end of what is read so
+# far it waits: a line end may follow.
+JOINT = "\n<|endoftext|>\n"
+ENDS = re.compile(r"\n?<\|endoftext\|>(?!\Z)\n?")
+
+
+def cause(error):
+    """What a library says, in brackets and on one line."""
+    return " ".join(f"({type(error).__name__}: {str(error):.200})".split())
+
+
+def file_format(path):
+    """Format of a file, None if unknown, and the function that opens it."""
+    name, packed = os.path.splitext(os.path.basename(path).lower())
+    if packed not in UNPACK:
+        name += packed
+    ending = re.search(r"(\.[a-z]\w*)?$", name)[0]              # news.en-00001-of-00100 has none
+    return FORMATS.get(ending), UNPACK.get(packed, open)
+
+
+def read_rows(source, by_line):
+    """The texts of a source: the field or column "text" of its rows and nothing else of them, or
+    the lines of a text file (by_line), or the whole in strings of PIECE // 2."""
+    if isinstance(source, tuple):
+        from datasets import load_dataset, logging
+        logging.set_verbosity(logging.CRITICAL)                 # our own message says it all
+        name, split = source
+        yield from (row["text"] for row in load_dataset(name, split=split, streaming=True))
+        return
+    kind, unpack = file_format(source)
+    with unpack(source, "rb") as file:
+        lines = io.TextIOWrapper(file, "utf-8-sig")
+        if kind == "parquet":
+            from pyarrow.parquet import ParquetFile
+            for batch in ParquetFile(file).iter_batches(1024, columns=["text"]):
+                yield from batch["text"].to_pylist()
+        elif kind == "json":
+            yield from (json.loads(line)["text"] for line in lines if line.strip())
+        elif by_line:
+            yield from lines
+        else:
+            yield from iter(lambda: lines.read(PIECE // 2), "")
+
+
 def read_pieces(source, by_line):
     """The text of a file or, for (name, split), of the Hugging Face hub; streamed, not stored.
 
     Yields pieces of documents, and None at the end of each. A document is a row of a .parquet or
-    .jsonl file (column or field "text"), of any other file a line (by_line) or the whole.
+    .jsonl file, of any other file a line (by_line) or the whole; <|endoftext|> ends one, too.
     """
-    from datasets import load_dataset, logging
-    logging.set_verbosity(logging.CRITICAL)                     # our own message says it all
-    is_hub, number, how = isinstance(source, tuple), 0, dict(split="train", streaming=True)
+    is_hub = isinstance(source, tuple)
+    is_whole = not by_line and not is_hub and file_format(source)[0] == "text"
+    number, rest, is_open = 1, "", False                        # is_open: a piece of it is out
     try:
-        if is_hub:
-            rows = load_dataset(source[0], split=source[1], streaming=True)
-        else:
-            how["data_files"] = glob.escape(source)
-            kind = "parquet" if source.endswith(".parquet") else "json"
-            if not source.endswith((".parquet", ".jsonl")):
-                kind = "text"
-                how["sample_by"] = "line" if by_line else "document"
-            rows = load_dataset(kind, **how)
-        for number, row in enumerate(rows, 1):
-            text = row["text"]
+        for text in itertools.chain(read_rows(source, by_line), [JOINT]):
             if not isinstance(text, str) or "\0" in text:
                 raise ValueError("no text but binary data, a number or nothing")
-            if text.strip():
-                text = detokenize(text.strip()) if by_line else text
-                yield from (text[i:i + PIECE] for i in range(0, len(text), PIECE))
-                yield None
+            text.encode()                                       # half a surrogate pair is no text
+            number += text.count("\n") if is_whole else 1
+            text = detokenize(text.strip()) if by_line else text
+            *ended, rest = ENDS.split(rest + text + ("" if is_whole else JOINT))
+            for document in ended:
+                if is_open or document.strip():
+                    yield from (document[i:i + PIECE] for i in range(0, len(document), PIECE))
+                    yield None
+                is_open = False
+            if len(rest) > PIECE // 2:  # keep what may be half a mark
+                yield rest[:-len(JOINT)]
+                rest, is_open = rest[-len(JOINT):], True
     except Exception as e:  # broken files, no network, renamed, rate limit: many types
-        cause = f"({type(e).__name__}: {str(e):.200})"
         if is_hub:
-            raise UserError(f"{source[0]} cannot be fetched from the Hugging Face hub {cause}: "
+            raise UserError(f"{source[0]} cannot be fetched from the Hugging Face hub {cause(e)}: "
                             "name a copy on disk with --train-files and --val-files (text, "
                             ".jsonl or .parquet)") from e
-        raise UserError(f"{source}: cannot be read at or after row {number} {cause}; mend or "
-                        "remove that row, or leave the file out") from e
+        raise UserError(f"{source}: cannot be read at or after row {number} {cause(e)}: text is "
+                        "UTF-8, a row of JSON an object with a field \"text\"; mend or remove that "
+                        "row, or leave the file out") from e
 
 
 def write_tokens(file, pieces, tokenizer, limit, where):
     """Write the token ids of pieces to an open file, as uint16: `limit` at most, few in memory."""
     bar = tqdm(desc="tokenising", unit=" tokens", unit_scale=True, disable=None)
-    while limit > 0 and (batch := list(itertools.islice(pieces, 1024))):
+    while limit > 0 and (batch := list(itertools.islice(pieces, 512))):
         texts = iter(tokenizer.encode_batch([p for p in batch if p is not None], where))
         ids = []
         for piece in batch:
@@ -394,14 +446,14 @@ def write_tokens(file, pieces, tokenizer, limit, where):
 def load_tokens(cfg, name, source, tokenizer, limit):
     """Token ids of a text, 1-D uint16 on disk, from the cache or written there.
 
-    data/NAME.json describes the tokenizer. data/NAME.bin holds the ids; its name is given last.
+    The file there begins with a line that describes the tokenizer; its name is given last.
 
     source: paths of files, or (name, split) on the hub;  tokenizer: None makes one of characters
     Returns: tokens, the tokenizer
     """
     is_hub = isinstance(source, tuple)
     state = source if is_hub else [(p, os.path.getsize(p), os.stat(p).st_mtime_ns) for p in source]
-    key = repr((cfg.dataset, state, tokenizer and tokenizer.state, limit, TORN))
+    key = repr((cfg.dataset, state, tokenizer and tokenizer.state, limit, TORN, ENDS))
     digest = hashlib.sha1(key.encode()).hexdigest()[:12]
     path = os.path.join(CACHE, f"{cfg.dataset}-{name}-{digest}")
 
@@ -409,36 +461,50 @@ def load_tokens(cfg, name, source, tokenizer, limit):
         for one in [source] if is_hub else source:
             yield from read_pieces(one, by_line=cfg.dataset == "lm1b")
 
-    if not os.path.exists(path + ".bin"):
+    if not os.path.exists(path):
         if tokenizer is None:
-            letters = {"\n"}.union(*(piece for piece in pieces() if piece))
+            letters, n_left = {"\n"}, max(limit, 2**24)         # a short trial has all letters
+            for piece in itertools.takewhile(lambda _: n_left > 0, pieces()):
+                letters.update(piece or "")
+                n_left -= len(piece or "")
             tokenizer = Tokenizer(sorted(letters))
+        head = json.dumps(tokenizer.state)
         temporary = f"{path}.{os.getpid()}.tmp"
         try:
             os.makedirs(CACHE, exist_ok=True)
-            with open(path + ".json", "w") as f:
-                json.dump(tokenizer.state, f)
             with open(temporary, "wb") as f:
+                f.write((head + " " * (len(head) % 2 == 0) + "\n").encode())    # ids at even places
                 write_tokens(f, pieces(), tokenizer, limit, f"--{name}-files")
-            os.replace(temporary, path + ".bin")
+            os.replace(temporary, path)
         except OSError as e:
             raise UserError(f"{path}: cannot be written ({e.strerror}); make room, or start in "
                             "another folder") from e
         finally:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
-    if os.path.getsize(path + ".bin") == 0:  # an empty file cannot be mapped
-        raise UserError(f"--{name}-files: there is no text in them, too few tokens")
-    with open(path + ".json") as f:
-        tokenizer = Tokenizer(**json.load(f))
-    return np.memmap(path + ".bin", np.uint16, "r"), tokenizer
+    try:
+        with open(path, "rb") as f:
+            tokenizer = Tokenizer(**json.loads(f.readline()))
+            start = f.tell()
+        if os.path.getsize(path) == start:  # nothing cannot be mapped
+            raise UserError(f"--{name}-files: there is no text in them, too few tokens")
+        return np.memmap(path, np.uint16, "r", start), tokenizer
+    except ValueError as e:  # not by this program: a file gets its name when it is whole
+        raise UserError(f"{path}: damaged {cause(e)}; delete it, it is made again") from e
 
 
 def find_files(flag, pattern):
-    paths = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    """The files of a glob, or of that name; UserError for none, or for a format not known."""
+    pattern = os.path.expanduser(pattern)                       # in quotes the shell leaves the ~
+    matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+    paths = sorted(p for p in matches if os.path.isfile(p))
     if not paths:
         raise UserError(f"{flag} {pattern}: no file matches; check the path, and quote a glob like "
                         "'texts/*.txt' (of a folder take 'folder/*')")
+    for path in paths:
+        if file_format(path)[0] is None:
+            raise UserError(f"{flag} {path}: a format not known; leave the file out, or give it an "
+                            f"ending of {', '.join([*FORMATS, *UNPACK][1:])}")
     return paths
 
 
@@ -447,8 +513,12 @@ def load_text(cfg):
     hub = HUB.get(cfg.dataset, {})
     train, val = hub.get("train"), hub.get("val")
     if cfg.train_files:
+        train = find_files("--train-files", cfg.train_files)
         val = find_files("--val-files", cfg.val_files) if cfg.val_files else []
-        train = [p for p in find_files("--train-files", cfg.train_files) if p not in val]
+        train = [p for p in train if not any(os.path.samefile(p, v) for v in val)]
+        if not train:
+            raise UserError(f"--train-files {cfg.train_files}: all of it is in --val-files, which "
+                            "are not trained on; give more files")
     if not train or (cfg.val_files and not cfg.train_files):
         raise UserError(f"--dataset {cfg.dataset} needs --train-files, a file or a quoted glob "
                         "like 'texts/*.txt', of which --val-files may name some")
@@ -474,8 +544,8 @@ def load_gpt2_bpe(size):
     try:
         bpe = tiktoken.get_encoding("gpt2")
     except Exception as e:  # whatever the download layer raises
-        raise UserError(f"GPT-2's tokenizer files cannot be fetched ({type(e).__name__}); without "
-                        "a network set TIKTOKEN_CACHE_DIR to a folder that holds them, or use "
+        raise UserError(f"GPT-2's tokenizer files cannot be fetched {cause(e)}; without a "
+                        "network set TIKTOKEN_CACHE_DIR to a folder that holds them, or use "
                         "--tokenizer char") from e
     if size == bpe.n_vocab:
         return bpe
@@ -521,7 +591,7 @@ def load_transformers(name, what, cure):
         raise UserError(f"{what} {name} needs transformers: pip install -e \".[hf]\"; or give "
                         f"{cure}") from e
     except Exception as e:  # offline, no such name, foreign folder: many types
-        raise UserError(f"{what} {name}: cannot be loaded ({type(e).__name__}); with no network "
+        raise UserError(f"{what} {name}: cannot be loaded {cause(e)}; with no network "
                         f"give a local folder with a model and its tokenizer, or {cure}") from e
 
 

@@ -29,7 +29,6 @@ Glossary (B = batch, T = seq_len, V = vocab_size, C = n_embd, M = number of mask
 Sections 1 to 6 are the method, 7 adds block diffusion (BD3-LM), 8 to 10 train and compare.
 """
 
-import argparse
 import copy
 import hashlib
 import itertools
@@ -46,8 +45,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import RANK, STOP, STUDENTS, WORLD, Config, UserError, add_flags, check_equal
-from config import join_group, load_checkpoint, print_table, resolve, resume, run_cli
+from config import RANK, STOP, STUDENTS, WORLD, Config, Parser, UserError, add_flags
+from config import check_equal, join_group, load_checkpoint, print_table, resolve, resume, run_cli
 from config import save_checkpoint, side_by_side, weights_id
 from data import Data, Tokenizer, load_data, load_pretrained, token_entropy
 
@@ -849,8 +848,8 @@ def evaluate(teacher, students, data, cfg):
 def prepare(cfg):
     """What every training command starts with: checked settings, the folder of the run, data."""
     cfg = resolve(cfg)
+    join_group(cfg)
     os.makedirs(cfg.out_dir, exist_ok=True)
-    join_group(cfg.device)
     if RANK > 0:  # process 0 writes the token cache for all
         dist.barrier()
     data = load_data(cfg)
@@ -888,9 +887,16 @@ def run(cfg):
     return rows
 
 
+EXAMPLES = """
+python gumbel_distill.py                                        the maze, in minutes
+python gumbel_distill.py --dataset cities --students gumbel --nfe 1 4
+python gumbel_distill.py --dataset text --train-files 'texts/*.txt' --out-dir out/mine
+"""
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Train a teacher and students, and print how well "
-                                     "each of them writes. In brackets: the defaults.")
+    parser = Parser(description="Train a teacher and students, and print how well each of them "
+                    "writes. In brackets: the defaults.", epilog=EXAMPLES)
     run(Config(**vars(add_flags(parser).parse_args())))
 
 

@@ -7,7 +7,6 @@
 docs/results.md says what each column means. judged.json has more columns, and standard errors.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import UserError, add_flags, print_table, run_cli
+from config import Parser, UserError, add_flags, print_table, run_cli
 from data import GENERATED, load_data, load_transformers, token_entropy
 from gumbel_distill import compare_with_teacher, generate, rng, sampler_settings, sampling_batches
 from gumbel_distill import stratified_times, student_loss
@@ -358,7 +357,7 @@ def write_rows(args, names, models, data, teacher, real, cfg):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", nargs="+", help="checkpoints (the newest student under out/)")
     parser.add_argument("-n", dest="n_samples", type=int, default=1000, help="number of texts "
                         "(1000)")

@@ -9,7 +9,6 @@
 judge.py says how good the texts are. notebooks/classroom.py --gif makes a moving picture of them.
 """
 
-import argparse
 import codecs
 import dataclasses
 import glob
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from config import Config, UserError, add_flags, resolve, run_cli, weights_id
+from config import Config, Parser, UserError, add_flags, resolve, run_cli, weights_id
 from data import MAZE, draw_maze, show
 from gumbel_distill import generate, load_model, load_teacher, sampler_settings, sampling_batches
 from gumbel_distill import sequence_noise, serial_extraction
@@ -307,7 +306,7 @@ def play(films, names, tokenizer, is_maze, pause=0.8):
 # -----------------------------------------------------------------------------
 # Command line
 def parse(words=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", nargs="+", help="checkpoints (the newest student under out/)")
     parser.add_argument("-n", dest="n_samples", type=int, default=4, help="number of texts (4)")
     parser.add_argument("--prompt", default="", help="text to begin with; each _ is one token")

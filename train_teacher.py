@@ -6,9 +6,8 @@
 gumbel_distill.py with the same settings finds it there, and trains students only.
 """
 
-import argparse
 
-from config import RANK, Config, add_flags, run_cli
+from config import RANK, Config, Parser, add_flags, run_cli
 from data import show, token_entropy
 from gumbel_distill import generate, get_teacher, prepare
 
@@ -18,7 +17,7 @@ FIELDS = ("dataset train_files val_files tokenizer max_tokens seq_len n_layer n_
 
 
 def main():
-    parser = add_flags(argparse.ArgumentParser(description=__doc__.splitlines()[0]), *FIELDS)
+    parser = add_flags(Parser(description=__doc__.splitlines()[0]), *FIELDS)
     cfg, data = prepare(Config(**vars(parser.parse_args())))
     teacher = get_teacher(cfg, data)
     if RANK == 0:

@@ -32,14 +32,10 @@ def text_file(folder, text=TO_BE):
 
 
 def assert_refused(answer, *said):
-    """One line of error: UserError's, or argparse's below the usage; it contains all of `said`."""
+    """One line of error; it contains all of `said`."""
     status, _, err = answer
-    line = err.rstrip("\n").split("\n")[-1]
-    assert status in (1, 2) and all(str(part) in line for part in said), err
-    if status == 1:
-        assert err == line + "\n" and line.startswith("error: "), err
-    else:
-        assert line.startswith("program: error: ") and err.startswith("usage: "), err
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(str(part) in err for part in said), err
 
 
 @pytest.mark.parametrize("script, flag", [
@@ -57,12 +53,14 @@ def test_help_answers_without_the_slow_imports(script, flag):
 
 
 def test_every_flag_means_the_same_in_every_script(cli, monkeypatch):
-    """A flag's block of the help text, up to the next flag, is the same but for the default."""
+    """A flag's block of the help text, up to the next, is the same but for the default."""
     monkeypatch.setenv("COLUMNS", "100")
     blocks = {}
     for main in (gd.main, train_teacher.main, sample.main, judge.main, ablation.main):
-        for block in re.split(r"\n  (?=-)", cli(main, "--help")[1])[1:]:
-            block = re.sub(r" \((?:[^()]|\([^()]*\))*\)$", "", " ".join(block.split()))
+        for block in re.split(r"\n  (?=-)|\n\n", cli(main, "--help")[1])[1:]:
+            if not block.lstrip().startswith("--"):             # a title, or what stands below
+                continue
+            block = re.sub(r" \([^()]*\)$", "", " ".join(block.split()))
             blocks.setdefault(block.split()[0], []).append(block)
     shared = {flag: texts for flag, texts in blocks.items() if len(texts) > 1}
     assert len(shared) > 20
@@ -75,7 +73,7 @@ def test_every_flag_means_the_same_in_every_script(cli, monkeypatch):
     ("--students mdlm pink", ["--students", "pink", "gumbel-draft"]),
     ("--order right", ["--order", "right", "first-hitting"]),
     ("--tokenizer gpt2-77", ["--tokenizer", "gpt2-77", "gpt2-1024"]),
-    ("--loss mse", ["--loss", "mse", "kd"]), ("--labels none", ["--labels", "none", "teacher"]),
+    ("--labels none", ["--labels", "none", "teacher"]),
     ("--dtype float16", ["--dtype", "float16", "bfloat16"]),
     ("--schedule step", ["--schedule", "step", "cosine"]),
     ("--nfe 0", ["--nfe", "0"]), ("--nfe 3 0", ["--nfe", "0"]), ("--nfe 1 x", ["--nfe", "x"]),
@@ -183,7 +181,7 @@ def test_a_programming_error_keeps_its_traceback(error, cli):
 
 def test_ctrl_c_ends_with_its_status_and_one_line(cli):
     status, _, err = cli(raising(KeyboardInterrupt()))
-    assert status == 130 and err.count("\n") == 1 and "checkpoint" in err
+    assert status == 130 and err.count("\n") == 1
 
 
 KINDS = ["mdlm", "gumbel", "gumbel-draft"]
