@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from config import Config, Parser, add_flags, print_table, resolve, run_cli
 from data import load_data
-from gumbel_distill import Student, evaluate, get_student, get_teacher, load_model, prepare
-from gumbel_distill import q_sample, run, sample_gumbel, student_loss
+from gumbel_distill import Student, evaluate, get_teacher, load_model, prepare, q_sample, run
+from gumbel_distill import sample_gumbel, student_loss, train_student
 from sample import compare_exact
 
 NOISES = ["gaussian", "uniform", "independent"]
@@ -103,7 +103,7 @@ def run_other(cfg):
         student, loss = OtherNoise(cfg, kind, teacher.vocab_size), other_loss
         if kind == "mdlm":
             student, loss = Student(cfg, kind, teacher.vocab_size), kd_loss(teacher)
-        students.append(get_student(student, cfg, teacher, data, loss))
+        students.append(train_student(student, cfg, teacher, data, loss))
     return evaluate(teacher, students, data, cfg)
 
 

@@ -779,9 +779,14 @@ def start_weights(student, cfg, data):
     return {**own, **shared}
 
 
-def get_student(student, cfg, teacher, data, loss=student_loss):
-    """The student trained, or as this run's folder holds it. teacher: None where it needs none.
-    loss: as student_loss."""
+def get_student(name, cfg, teacher, data):
+    """The student of that name, trained or as this run's folder holds it."""
+    torch.manual_seed(cfg.seed)
+    return train_student(new_student(cfg, name, teacher.vocab_size), cfg, teacher, data)
+
+
+def train_student(student, cfg, teacher, data, loss=student_loss):
+    """The same of a Student at hand. teacher: None where it needs none;  loss: as student_loss."""
     labeller = teacher
     if cfg.compile and teacher:  # a copy: the sampler's many lengths would each be compiled
         labeller = compile_layers(copy.deepcopy(teacher))
@@ -866,10 +871,10 @@ def train_all(cfg, data):
         student = new_student(cfg, name, data.tokenizer.vocab_size)
         is_late = student.reads_noise or "teacher" in (cfg.init_from, cfg.labels)
         (late if is_late else early).append(student)
-    jobs = [partial(get_student, student, cfg, None, data) for student in early]
+    jobs = [partial(train_student, student, cfg, None, data) for student in early]
     teacher, *early = side_by_side([partial(get_teacher, cfg, data), *jobs], cfg)
     texts = teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
-    jobs = [partial(get_student, student, cfg, teacher, texts) for student in late]
+    jobs = [partial(train_student, student, cfg, teacher, texts) for student in late]
     return teacher, early + side_by_side(jobs, cfg)
 
 

@@ -150,7 +150,7 @@ def train_and_write(job, n):
         torch.manual_seed(cfg.seed)
         student = gd.new_student(cfg, job["student"], teacher.vocab_size)
         texts = gd.teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
-        student = gd.get_student(student, cfg, teacher, texts)
+        student = gd.train_student(student, cfg, teacher, texts)
     log = [json.loads(line) for line in open(f"{out}/log.jsonl")]
     about = dict(val=log[-1]["val"], seconds=log[-1]["seconds"])
     rows = []

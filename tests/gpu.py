@@ -664,7 +664,7 @@ def run_train(args, files):
     for name in STUDENT_NAMES:
         torch.manual_seed(base.seed)
         student = gd.new_student(base, name, teacher.vocab_size)
-        students.append(gd.get_student(student, settings(name, n), teacher, text))
+        students.append(gd.train_student(student, settings(name, n), teacher, text))
         report(students[-1], args.out_dir, "NELBO" if name == "mdlm" else "validation loss")
         write_texts(students[-1], 0.0)
         before = left()

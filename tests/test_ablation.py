@@ -122,7 +122,7 @@ def test_a_run_of_other_noise_hands_each_student_its_own_loss(tmp_path, monkeypa
     def spy(student, cfg, teacher, data, loss):
         given.append((student.name, type(student), loss.__qualname__.split(".")[0]))
         return student
-    monkeypatch.setattr(ablation, "get_student", spy)
+    monkeypatch.setattr(ablation, "train_student", spy)
     monkeypatch.setattr(ablation, "evaluate", lambda *_: [])
     small = dict(CPU, n_layer=1, n_embd=8, max_steps=2, eval_every=2)
     ablation.run_other(gd.Config(**small, students=["mdlm", "uniform"], out_dir=str(tmp_path)))
@@ -141,7 +141,7 @@ def test_all_students_of_other_noise_learn(tmp_path):
     teacher = gd.get_teacher(cfg, data)
     for name in ablation.OTHER_NOISE:
         student = ablation.OtherNoise(cfg, name, teacher.vocab_size)
-        gd.get_student(student, cfg, teacher, data, ablation.other_loss)
+        gd.train_student(student, cfg, teacher, data, ablation.other_loss)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(log) == 7 and all(row["val"] < 1.4 for row in log)
 

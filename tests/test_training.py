@@ -130,7 +130,7 @@ def test_the_loss_of_a_student_that_reads_noise_gets_the_teacher_or_the_noise_of
             assert gd.serial_extraction(teacher, xi).equal(x0)
         seen.append(student.training)
         return gd.student_loss(student, labeller, x0, t, generator, xi)
-    gd.get_student(student, cfg, teacher, texts, spy)
+    gd.train_student(student, cfg, teacher, texts, spy)
     assert seen.count(True) == 4 and seen.count(False) > 0
 
 
@@ -201,7 +201,7 @@ def test_training_sees_times_from_t_min_on_and_validation_all_times(block_size, 
     def spy(student, teacher, x0, t, generator):
         times[student.training].append(t.flatten())
         return gd.student_loss(student, teacher, x0, t, generator)
-    gd.get_student(student, cfg, teacher, data, spy)
+    gd.train_student(student, cfg, teacher, data, spy)
     trained, validated = (torch.cat(times[is_training]) for is_training in (True, False))
     assert len(trained) == 8 * 8 * 8 // block_size
     assert t_min <= trained.min() < t_min + 0.05 and trained.max() <= 1
@@ -621,7 +621,7 @@ def test_a_student_begins_with_the_start_that_init_from_names(start, tmp_path):
     """With no learning rate it ends as it began. The teacher is this run's, or --teacher."""
     run = str(tmp_path / "run")
     cfg, data, teacher, mdlm = teacher_and_student(tmp_path, "mdlm", lr=0.0, init_from="scratch")
-    gd.get_student(mdlm, cfg, teacher, data)
+    gd.train_student(mdlm, cfg, teacher, data)
     source = {"scratch": {}, "teacher": teacher.state_dict(), "mdlm.pt": mdlm.state_dict()}[start]
     more = dict(init_from=start.replace("mdlm.pt", f"{run}/mdlm.pt"), block_size=4, lr=0.0)
     for out, given in (("run", None), ("elsewhere", f"{run}/teacher.pt")):
@@ -629,7 +629,7 @@ def test_a_student_begins_with_the_start_that_init_from_names(start, tmp_path):
         torch.manual_seed(8)
         student = gd.new_student(cfg, "gumbel", teacher.vocab_size)
         began = {key: p.clone() for key, p in student.state_dict().items()}
-        ended = gd.get_student(student, cfg, teacher, data).state_dict()
+        ended = gd.train_student(student, cfg, teacher, data).state_dict()
         for key, p in ended.items():
             expected = source.get(key, began[key])
             if start == "teacher" and key == "net.embed.weight":
@@ -643,7 +643,7 @@ def test_a_student_begins_with_the_start_that_init_from_names(start, tmp_path):
 def test_a_start_of_another_shape_or_length_is_refused_with_both_values(
         start, changed, there, tmp_path):
     cfg, data, teacher, student = teacher_and_student(tmp_path, "mdlm", max_steps=2)
-    gd.get_student(student, cfg, teacher, data)
+    gd.train_student(student, cfg, teacher, data)
     (name, here), = changed.items()
     init = "teacher" if start == "teacher" else f"{cfg.out_dir}/mdlm.pt"
     other, data = gd.prepare(config(tmp_path, **changed, init_from=init,
@@ -658,7 +658,7 @@ def test_a_start_of_another_shape_or_length_is_refused_with_both_values(
 def test_a_start_of_other_tokens_is_refused_with_both_values(start, tmp_path):
     """As many tokens, so that the weights would fit."""
     cfg, data, teacher, student = teacher_and_student(tmp_path, "mdlm", max_steps=2)
-    gd.get_student(student, cfg, teacher, data)
+    gd.train_student(student, cfg, teacher, data)
     words = Tokenizer(list("wxyz"))
     assert words.vocab_size == data.tokenizer.vocab_size
     other = gd.Data(data.train, data.val, 8, words)
@@ -684,7 +684,7 @@ def test_every_student_learns(name, tmp_path):
     cfg, data = gd.prepare(config(tmp_path, n_embd=32, max_steps=200, eval_every=200, lr=5e-3,
                                   dropout=0.0, warmup=20))
     teacher = gd.get_teacher(cfg, data)
-    gd.get_student(gd.Student(cfg, name, teacher.vocab_size), cfg, teacher, data)
+    gd.train_student(gd.Student(cfg, name, teacher.vocab_size), cfg, teacher, data)
     with open(f"{cfg.out_dir}/log.jsonl") as f:
         val = [json.loads(line)["val"] for line in f][-1]
     assert val < 1.4                                            # the frequencies have 1.55 nats
