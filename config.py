@@ -9,6 +9,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import json
 import os
 import sys
 import threading
@@ -48,6 +49,18 @@ PRESETS = {
     "lm1b": dict(WEB, seq_len=128, batch_size=256, nfe=[1, 4, 16, 32, 128], n_samples=256),
     "owt": dict(WEB, seq_len=1024, batch_size=32, nfe=[16, 128, 512], n_samples=32),
 }
+
+
+# What decides a trained model, beside its data
+SHAPE = ["seq_len", "n_layer", "n_head", "n_embd"]
+TEACHER_SETTINGS = SHAPE + ["dropout", "batch_size", "grad_accum", "max_steps", "lr", "warmup",
+                            "schedule", "ema", "seed"]
+STUDENT_SETTINGS = TEACHER_SETTINGS + ["block_size", "labels", "init_from", "t_min"]
+EXAMPLES = """
+python gumbel_distill.py                                        the maze, in minutes
+python gumbel_distill.py --dataset cities --students gumbel --nfe 1 4
+python gumbel_distill.py --dataset text --train-files 'texts/*.txt' --out-dir out/mine
+"""
 
 
 class UserError(Exception):
@@ -356,6 +369,17 @@ def weights_id(model):
 COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "valid": ".1%", "distinct": "d",
            "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
            "agree_token": ".3f", "agree_seq": ".3f", "seconds": ".2f"}
+
+
+LOG_LINE = ("{model:12} step {step:6d} | loss {loss:.4f} | val {val:.4f} nats/token | "
+            "lr {lr:.1e} | grad {grad:.2f} | {tok_s:,.0f} tok/s | {left:.0f} s left")
+
+
+def report(row, folder):
+    """Print a line of the log of training, and append it to log.jsonl."""
+    print(LOG_LINE.format(**row), flush=True)
+    with open(f"{folder}/log.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\n")
 
 
 def print_table(rows, columns=COLUMNS):

@@ -45,9 +45,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import RANK, STOP, STUDENTS, WORLD, Config, Parser, UserError, add_flags
-from config import check_equal, join_group, load_checkpoint, print_table, resolve, resume, run_cli
-from config import save_checkpoint, side_by_side, weights_id
+from config import EXAMPLES, RANK, SHAPE, STOP, STUDENT_SETTINGS, STUDENTS, TEACHER_SETTINGS, WORLD
+from config import Config, Parser, UserError, add_flags, check_equal, join_group, load_checkpoint
+from config import print_table, report, resolve, resume, run_cli, save_checkpoint, side_by_side
+from config import weights_id
 from data import Data, Tokenizer, load_data, load_pretrained, token_entropy
 
 
@@ -537,8 +538,7 @@ class BlockStudent(Student):
         return self.logits(both, xi, pos.repeat(2), mask)
 
     def possible_nfe(self, nfe):
-        """The largest number up to nfe that gives all blocks equal steps: at least 1, at most L'.
-        """
+        """The largest number up to nfe that gives all blocks equal steps, from 1 to L'."""
         n_blocks = self.seq_len // self.block_size
         steps = min(max(1, nfe // n_blocks), self.block_size)
         return steps * n_blocks
@@ -582,13 +582,6 @@ def new_student(cfg, name, vocab_size):
 
 # -----------------------------------------------------------------------------
 # 8. Training: one loop for teacher and student
-# What decides a trained model, beside its data
-SHAPE = ["seq_len", "n_layer", "n_head", "n_embd"]
-TEACHER_SETTINGS = SHAPE + ["dropout", "batch_size", "grad_accum", "max_steps", "lr", "warmup",
-                            "schedule", "ema", "seed"]
-STUDENT_SETTINGS = TEACHER_SETTINGS + ["block_size", "labels", "init_from", "t_min"]
-
-
 def load_model(path, device):
     """The Teacher or Student of a checkpoint, its Tokenizer, and what else the checkpoint holds."""
     saved = load_checkpoint(path)
@@ -620,7 +613,7 @@ def backward(model, loss_fn, data, cfg, step):
         # texts and times are drawn on the CPU: the same on every device
         g = rng(cfg.seed, "batch", step, piece)
         index = torch.randint(data.n_train, (size,), generator=g)
-        x0 = data.rows(index).to(cfg.device, non_blocking=True) # (b, T)
+        x0 = data.rows(index).to(cfg.device, non_blocking=True)            # (b, T)
         t = stratified_times(torch.rand(size, n_blocks, generator=g), cfg.t_min)
         t = t.to(cfg.device, non_blocking=True)
         # masks and noise are large: they are drawn where they are used
@@ -644,10 +637,6 @@ def compile_layers(model):
             layer.compile()
         model.net.nll = torch.compile(model.net.nll, dynamic=True)
     return model
-
-
-LOG_LINE = ("{model:12} step {step:6d} | loss {loss:.4f} | val {val:.4f} nats/token | "
-            "lr {lr:.1e} | grad {grad:.2f} | {tok_s:,.0f} tok/s | {left:.0f} s left")
 
 
 def train(model, loss_fn, data, cfg, names, **settings):
@@ -702,12 +691,10 @@ def train(model, loss_fn, data, cfg, names, **settings):
         row["tok_s"] = (step - first_step) * cfg.batch_size * cfg.seq_len / seconds
         row["left"] = (cfg.max_steps - step) * seconds / (step - first_step)
         with bar.external_write_mode():                         # the bar makes room for the line
-            print(LOG_LINE.format(**row), flush=True)
+            report(row, cfg.out_dir)
         if not math.isfinite(row["loss"] + row["val"]):
             raise UserError(f"{model.name}: no finite loss at step {step}; the last checkpoint, if "
                             f"any, stands. Try a lower --lr (now {cfg.lr:g}) or a longer --warmup")
-        with open(f"{cfg.out_dir}/log.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
         save_checkpoint(path, parts, name=model.name, step=step, settings=settings,
                         config=vars(cfg), tokenizer=data.tokenizer.state)
     bar.close()
@@ -890,13 +877,6 @@ def run(cfg):
         json.dump(rows, f, indent=1)
     print(f"All this is in {cfg.out_dir}; see texts with: python sample.py")
     return rows
-
-
-EXAMPLES = """
-python gumbel_distill.py                                        the maze, in minutes
-python gumbel_distill.py --dataset cities --students gumbel --nfe 1 4
-python gumbel_distill.py --dataset text --train-files 'texts/*.txt' --out-dir out/mine
-"""
 
 
 def main():

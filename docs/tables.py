@@ -41,7 +41,7 @@ TABLES = {  # settings that all runs of a table share; lists of those that diffe
     "stories": (STORIES, [
         dict(init_from=STARTS, max_steps=[500], seed=[0, 1, 2]),
         dict(init_from=STARTS, max_steps=[2000], seed=[0])]),
-    "letters": (dict(STORIES, dataset="text"), [
+    "letters": (dict(STORIES, dataset="text", nfe=[1, 4, 16]), [
         dict(init_from=STARTS, max_steps=[500], seed=[0, 1, 2]),
         dict(init_from=STARTS, max_steps=[2000], seed=[0])]),
     "lengths": (dict(STORIES, max_steps=1000, nfe=[1, 2, 4, 8]), [
