@@ -25,8 +25,6 @@ Glossary (B = batch, T = seq_len, V = vocab_size, C = n_embd, M = number of mask
     logp     (..., V)      logits normalised over V, in nats
     nfe                    number of function evaluations: calls of the student for a text
     tau                    scale of xi in sampling; 1 as in training
-
-Sections 1 to 6 are the method, 7 adds block diffusion (BD3-LM), 8 to 10 train and compare.
 """
 
 import copy
@@ -100,8 +98,7 @@ def rotate(x, rope):
 
 class Transformer(nn.Module):
     """Token embedding, layers, final norm, output head. There are V outputs, but V + 1 input rows.
-    The last row is [MASK] for a student, BOS for a teacher whose tokens have no BOS of their own.
-    """
+    The last row is [MASK] for a student, BOS for a teacher whose tokens have none."""
 
     def __init__(self, cfg, vocab_size, causal):
         super().__init__()
@@ -158,22 +155,6 @@ def aligned(x, dim):
     return F.pad(x, (0, n) if dim == 1 else (0, 0, 0, n))
 
 
-class KVCache:
-    """Keys and values of each Layer. The first `start` tokens are final, the caller counts them."""
-
-    def __init__(self):
-        self.start, self.kv = 0, {}
-
-    def extend(self, layer, k, v):
-        """Keys and values (2, B, nh, start + T, hs): those of the final tokens and of T others."""
-        kv = torch.stack([k, v])                                # (2, B, nh, T, hs)
-        if self.start > 0:
-            final = self.kv[layer][:, :, :, :self.start]
-            kv = torch.cat([final, kv], dim=3)
-        self.kv[layer] = kv
-        return kv
-
-
 # -----------------------------------------------------------------------------
 # 2. Teacher: an AR language model
 class Teacher(nn.Module):
@@ -224,10 +205,8 @@ def rng(*key, device="cpu"):
 
 def sample_exponential(shape, generator, dtype=torch.float32):
     """E = -log(1 - u) ~ Exp(1), never 0 or infinite, with u = (n + 1/2) / 2^31 from 31 random bits.
-
     Small E matter: there xi = -log E is large. u is precise near 0, so that xi reaches 22. With
-    torch.rand in float32 it ends at 16.6. torch's exponential_ takes longer on a CPU.
-    """
+    torch.rand in float32 it ends at 16.6. torch's exponential_ takes longer on a CPU."""
     bits = torch.empty(shape, dtype=torch.int32, device=generator.device)
     bits.random_(generator=generator)
     E = bits.to(dtype)              # in place from here: memory limits the speed of large noise
@@ -268,8 +247,7 @@ def posterior_gumbel(logp, x0, generator):
 def serial_extraction(teacher, xi, xt=None):
     """Serial extraction: sample the teacher with recorded noise, x_i = argmax(logp_i + xi_i).
     Fresh xi (B, T, V) gives an exact sample x0 (B, T), tau * xi one at temperature tau. Known
-    tokens of xt (B, T) are kept; xt is V elsewhere. Takes T cached passes.
-    """
+    tokens of xt (B, T) are kept; xt is V elsewhere. Takes T cached passes."""
     B, T, V = xi.shape
     net = teacher.net
     cache = KVCache()
@@ -299,8 +277,7 @@ class Student(nn.Module):
     gumbel-draft  ours: at each quarter of the layers the student drafts the tokens that Gumbel-Max
                   would draw from its own logits; the layers above see them and make them agree
     SUBS holds by construction: [MASK] is no output, and only masked positions get logits.
-    Official code: models/dit.py, with the noise in its vocab_embed.   Test: tests/test_models.py
-    """
+    Official code: models/dit_gumbel.py GumbelDIT.   Test: tests/test_models.py"""
 
     def __init__(self, cfg, name, vocab_size):
         super().__init__()
@@ -328,7 +305,6 @@ class Student(nn.Module):
         return self.logits(xt, xi, torch.arange(xt.size(1), device=xt.device))
 
     def logits(self, xt, xi, pos, mask=None, cache=None):
-        """The same with pos, mask and cache of Transformer.forward."""
         is_masked = xt == self.mask_id                          # (B, T), M of them True
         x = self.net.embed(xt)                                  # (B, T, C)
         add_drafts = None
@@ -391,14 +367,13 @@ def q_sample(x0, t, mask_id, generator):
 
 def student_loss(student, teacher, x0, t, generator, xi=None):
     """- E [ 1/t sum over masked i of log p_theta(x0_i | xt, xi) ] / T, in nats per token.
-
     Without noise it is the MDLM objective or, in blocks, the BD3-LM objective: a bound on the
     negative log-likelihood (NELBO). With posterior noise it is no likelihood: the noise knows x0.
     Args: teacher: of a student that reads posterior noise, drawn here; else None
           x0 (B, T) long;  t (B, 1) in (0, 1], one time a text (one a block in section 7)
           generator of the mask and of the noise
           xi (B, T, V): recorded noise of x0 (serial extraction), in place of posterior noise
-    Official code: algo.py, the loss of MDLM and its Gumbel variant.   Test: tests/test_models.py
+    Official code: diffusion.py.   Test: tests/test_models.py
     """
     # 1. mask each token of x0 with probability t. All that is V wide is computed for these only
     t = t.repeat_interleave(x0.size(1) // t.size(1), dim=1)     # (B, T)
@@ -461,8 +436,7 @@ def denoise(predict, xt, xi, u, steps, tau=1.0, temperature=0.0, top_p=1.0, on_s
     """Fill the masked tokens of xt (B, T), in place, in `steps` steps from time 1 to time 0.
     predict: the student, a function of xt and of the noise (M, V) of its masked tokens
     tau scales the noise xi (B, T, V); temperature and top_p: see draw_tokens
-    on_step is called with the text after each step that fills a token
-    """
+    on_step is called with the text after each step that fills a token"""
     mask_id = xi.size(-1)
     fill_step = fill_steps(xt == mask_id, u[:, 0], steps)       # (B, T)
     for k in range(1, steps + 1):                               # time falls to 1 - k / steps
@@ -481,7 +455,7 @@ def denoise(predict, xt, xi, u, steps, tau=1.0, temperature=0.0, top_p=1.0, on_s
 def sample(student, xi, u, nfe, xt=None, **settings):
     """Write texts (B, T) long in at most nfe calls of the student, from sequence_noise's draws.
     Known tokens of xt (B, T) are kept; xt is mask_id elsewhere. settings: those of denoise.
-    The official sampler has tau = 0.85, temperature 1 and top_p 0.9, and keeps one xi, too.
+    Official code: diffusion.py _ddpm_caching_sampler_w_gumbel, tau 0.85, temperature 1, top_p 0.9
     """
     text = open_text(xi, xt)
     denoise(student, text, xi, u, nfe, **settings)
@@ -516,7 +490,23 @@ def generate(model, n, seq_len, seed=0, known=None, batch_size=1000, progress=No
 
 
 # -----------------------------------------------------------------------------
-# 7. Blocks: BD3-LM (Arriola et al. 2025). A first reader can skip this section
+# 7. Blocks: BD3-LM (Arriola et al. 2025). A first reader can skip this section: 8 goes on from 6
+class KVCache:
+    """Keys and values of each Layer. The first `start` tokens are final, the caller counts them."""
+
+    def __init__(self):
+        self.start, self.kv = 0, {}
+
+    def extend(self, layer, k, v):
+        """Keys and values (2, B, nh, start + T, hs): those of the final tokens and of T others."""
+        kv = torch.stack([k, v])                                # (2, B, nh, T, hs)
+        if self.start > 0:
+            final = self.kv[layer][:, :, :, :self.start]
+            kv = torch.cat([final, kv], dim=3)
+        self.kv[layer] = kv
+        return kv
+
+
 class BlockStudent(Student):
     """Autoregressive over blocks of block_size = L' tokens, masked diffusion in each. Without noise
     its name is bd3lm; with one block, L' = T, it is MDLM.   Test: tests/test_blocks.py"""
@@ -796,8 +786,7 @@ def train_student(student, cfg, teacher, data, loss=student_loss):
 def compare_with_teacher(x, teacher_text, teacher):
     """How near texts x (N, T) are to the teacher, whose texts from the same noise are teacher_text.
     teacher_nll             -log p of x under the teacher, nats per token
-    agree_token, agree_seq  share of tokens, of whole texts, equal to teacher_text
-    """
+    agree_token, agree_seq  share of tokens, of whole texts, equal to teacher_text"""
     nll = 0.0
     for index in sampling_batches(len(x), x.size(1), teacher.vocab_size):
         rows = x[index]                                         # (B, T)
