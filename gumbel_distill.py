@@ -47,7 +47,7 @@ from config import EXAMPLES, RANK, SHAPE, STOP, STUDENT_SETTINGS, STUDENTS, TEAC
 from config import Config, Parser, UserError, add_flags, check_equal, join_group, load_checkpoint
 from config import print_table, report, resolve, resume, run_cli, save_checkpoint, side_by_side
 from config import weights_id
-from data import Data, Tokenizer, load_data, load_pretrained, token_entropy
+from data import Data, Tokenizer, load_data, load_pretrained, show_all, token_entropy
 
 
 # -----------------------------------------------------------------------------
@@ -864,7 +864,14 @@ def run(cfg):
     print_table(rows)
     with open(f"{cfg.out_dir}/results.json", "w") as f:
         json.dump(rows, f, indent=1)
-    print(f"All this is in {cfg.out_dir}; see texts with: python sample.py")
+    for model in [teacher, *students]:  # what all of them write from the same noise
+        settings = {} if model is teacher else dict(nfe=min(3, cfg.seq_len))
+        if model is not teacher and not model.reads_noise:
+            settings["temperature"] = 1.0
+        x = generate(model, 3, cfg.seq_len, cfg.seed, **settings)
+        print(f"\n{model.name}, {settings.get('nfe', cfg.seq_len)} steps:")
+        print(show_all(x, cfg.dataset, data.tokenizer))
+    print(f"\nAll this is in {cfg.out_dir}; see more texts with: python sample.py")
     return rows
 
 

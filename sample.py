@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from config import Config, Parser, UserError, add_flags, resolve, run_cli, weights_id
-from data import MAZE, draw_maze, show
+from data import MAZE_WIDTH, draw_maze, show
 from gumbel_distill import generate, load_model, load_teacher, sampler_settings, sampling_batches
 from gumbel_distill import sequence_noise, serial_extraction
 
@@ -273,7 +273,7 @@ def panels(shown, names, tokenizer, is_maze, is_colour):
     for name, (number, frame, before) in zip(names, shown):
         block = [f"{name}, step {number}"]
         if is_maze:
-            block += draw_maze(frame[frame != tokenizer.vocab_size]).split("\n")
+            block += draw_maze(frame).split("\n")
         else:
             colour = {"new": "\033[32m{}\033[0m"} if is_colour else {}
             for line in lines_of(frame, before, tokenizer):
@@ -281,7 +281,7 @@ def panels(shown, names, tokenizer, is_maze, is_colour):
             block.append("")
         blocks.append(block)
     if is_maze:
-        return ["   ".join(line.ljust(len(MAZE[0])) for line in row) for row in zip(*blocks)]
+        return ["   ".join(line.ljust(MAZE_WIDTH) for line in row) for row in zip(*blocks)]
     return sum(blocks, [])
 
 
@@ -293,7 +293,7 @@ def play(films, names, tokenizer, is_maze, pause=0.8):
     n_lines = 0                                                 # of the frame on the screen
     for shown in frames(films):
         lines = panels(shown, names, tokenizer, is_maze, is_terminal)
-        width = len(names) * (len(MAZE[0]) + 3) if is_maze else WIDTH
+        width = len(names) * (MAZE_WIDTH + 3) if is_maze else WIDTH
         fits = len(lines) < rows and width <= columns
         if n_lines:
             time.sleep(pause)
