@@ -186,6 +186,14 @@ class Config:
     compile: bool = option(HAS_GPU, "torch.compile", action=argparse.BooleanOptionalAction)
     out_dir: str = option(None, "folder of this run (out/<dataset>)")
 
+    @property
+    def piece_size(self):
+        return self.batch_size // self.grad_accum               # sequences
+
+    @property
+    def n_blocks(self):
+        return self.seq_len // self.block_size                  # of a text
+
 
 # The first flag of each group of the help text
 GROUPS = {"dataset": "data", "seq_len": "model: teacher and students have one shape",
