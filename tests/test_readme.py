@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ablation
+import config
 import data
 import gumbel_distill as gd
 import judge
@@ -40,7 +41,7 @@ def test_everything_that_is_named_exists():
 
 
 def test_every_flag_that_is_named_exists():
-    flags = {gd.flag(name) for name in gd.Config.__dataclass_fields__}
+    flags = {config.flag(name) for name in gd.Config.__dataclass_fields__}
     for script in ("sample.py", "judge.py", "notebooks/classroom.py", "tests/bench.py", "tests/gpu.py"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text()))
     flags |= {"--help", "--standalone", "--nproc_per_node"}
@@ -129,10 +130,10 @@ def test_the_scripts_name_only_commands_that_parse(script, cli):
 ITEMS = [
     ("Gumbel-Max", gd.sample_gumbel), ("Serial extraction", gd.serial_extraction),
     ("parallel extraction (Theorem 4.1)", gd.posterior_gumbel), ("noise injection", gd.Student),
-    ("BD3-LM", gd.Student), ("MDLM objective", gd.student_loss),
+    ("bd3lm", gd.BlockStudent), ("MDLM objective", gd.student_loss),
     ("BD3-LM objective", gd.student_loss), ("NELBO", gd.student_loss),
     ("oken-level knowledge distillation", ablation.kd_loss), ("Forward process", gd.q_sample),
-    ("sequence-level KD", gd.teacher_data), ("ancestral", gd.sample),
+    ("sequence-level KD", gd.teacher_data), ("ancestral", gd.fill_steps),
     ("gaussian", ablation.change_noise), ("agree_token", gd.compare_with_teacher),
     ("entropy", data.token_entropy), ("exact mode", sample.draft_and_verify),
     ("adaptive parallel decoding (APD)", sample.draft_and_verify),

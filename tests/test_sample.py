@@ -97,8 +97,9 @@ def test_a_text_is_shown_as_it_unmasks(maze_run, cli, tmp_path):
         assert film[-1].equal(gd.generate(model, 5, 10, 0, known, **settings)[4])
     status, said, err = cli(sample.main, "--ckpt", folder / "mdlm.pt", folder / "gumbel.pt",
                             "--nfe", 3, "--animate", "--prompt", "b1 __ e1", "-n", 1)
-    assert status == 0 and said.count("/mdlm, step") == said.count("/gumbel, step") == 4, err
-    assert [said.count(f", step {k}") for k in (0, 1, 2, 3)] == [2] * 4
+    n = said.count("/mdlm, step")                               # a step may fill nothing
+    assert status == 0 and n == said.count("/gumbel, step") and 2 <= n <= 4, err
+    assert [said.count(f", step {k}") for k in range(n)] == [2] * n
     frames = said.split("/mdlm, step ")[1:]
     cells = [frame.count("o") for frame in frames]              # the start, b1 and e1 of both
     assert cells[0] == 6 and cells == sorted(cells) and 20 <= cells[-1] <= 22
