@@ -150,7 +150,7 @@ def main():
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for is_first in (True, False):                          # the default runs train teachers
             wave = [key for key in jobs if (key[0] == "default") == is_first]
-            n_threads = max(1, os.cpu_count() // len(wave))
+            n_threads = max(1, os.cpu_count() // max(1, len(wave)))
             running = {key: pool.submit(run_alone, key[0], jobs[key], n_threads) for key in wave}
             for key in wave:
                 done[key] = running[key].result()

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import datetime
 import difflib
-import functools
 import hashlib
 import json
 import os
@@ -19,10 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# torchrun starts WORLD processes with numbers RANK from 0, and says so in all of these variables;
-# without it there is one, even where a cluster has set some of them.
-LAUNCH = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-IS_LAUNCHED = all(name in os.environ for name in LAUNCH)
+# torchrun starts WORLD processes with numbers RANK from 0; without it there is one, even where a
+# cluster has set these variables.
+IS_LAUNCHED = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if IS_LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if IS_LAUNCHED else 1
 HAS_GPU = torch.cuda.is_available()
@@ -73,7 +71,10 @@ def run_cli(main):
         sys.stdout.reconfigure(errors="replace")                # a terminal that lacks a letter
     try:
         main()
+        sys.stdout.flush()
         leave_group()
+    except BrokenPipeError:  # `| head` has enough; the interpreter flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as e:  # OSError: a full disk, a folder of somebody else
         sys.exit(f"error: {e}")
     except (MemoryError, RuntimeError) as e:  # on a CPU torch raises a bare RuntimeError
@@ -94,7 +95,7 @@ STOP = threading.Event()            # set: trainings in other threads end after 
 def side_by_side(jobs, cfg):
     """What the jobs (functions) return. Small models leave cores of a CPU idle, so there each job
     has a thread of its own. Dropout's random numbers belong to the process: then one by one."""
-    if cfg.device != "cpu" or cfg.dropout > 0 or WORLD > 1:
+    if len(jobs) < 2 or cfg.device != "cpu" or cfg.dropout > 0 or WORLD > 1:
         return [job() for job in jobs]
     n_cores = torch.get_num_threads()
     torch.set_num_threads(max(1, n_cores // len(jobs)))
@@ -112,9 +113,8 @@ def side_by_side(jobs, cfg):
 def join_group(cfg):
     """Join the processes of torchrun, where it started some, into a group; each has its GPU."""
     if not IS_LAUNCHED and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of "
-                        f"{', '.join(LAUNCH)} are set: start several processes with torchrun "
-                        "--nproc_per_node N, or unset WORLD_SIZE")
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torchrun started nothing: "
+                        "use torchrun --nproc_per_node N, or unset WORLD_SIZE")
     if cfg.grad_accum < WORLD:
         raise UserError(f"--grad-accum {cfg.grad_accum}: must be {WORLD} or more for {WORLD} "
                         "processes, which share the pieces of a batch")
@@ -132,7 +132,6 @@ def leave_group():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        sys.stdout.flush()
         os._exit(0)
 
 
@@ -184,7 +183,7 @@ class Config:
     dtype: str = option("bfloat16" if HAS_GPU else "float32", "of the training",
                         choices=["float32", "bfloat16"])
     compile: bool = option(HAS_GPU, "torch.compile", action=argparse.BooleanOptionalAction)
-    out_dir: str = option(None, "folder of this run (out/<dataset>)")
+    out_dir: str = option("out/<dataset>", "folder of this run")
 
     @property
     def piece_size(self):
@@ -207,7 +206,7 @@ def flag(name):
 
 def resolve(cfg):
     """Fill in the dataset's preset, and check what argparse cannot; returns a new Config."""
-    preset = dict(PRESETS[cfg.dataset], out_dir=f"out/{cfg.dataset}")
+    preset = dict(PRESETS[cfg.dataset])
     if cfg.teacher and not cfg.teacher.endswith(".pt"):         # of transformers: another shape
         preset["init_from"] = "scratch"
     missing = {name: value for name, value in preset.items() if getattr(cfg, name) is None}
@@ -222,6 +221,7 @@ def resolve(cfg):
             most = 1
         if not least <= np.min(value) <= np.max(value) <= most:
             raise UserError(f"{flag(f.name)} {value}: must lie between {least} and {most}")
+    cfg.out_dir = cfg.out_dir.replace("<dataset>", cfg.dataset)
     cfg.block_size = cfg.block_size or cfg.seq_len
     for whole, part, message in [
             (cfg.seq_len, cfg.block_size, "--seq-len {}: must be a multiple of --block-size {}"),
@@ -250,34 +250,14 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         given, others = self.parse_known_args(args, namespace)
         if others and others[0].startswith("-"):
-            near = nearest(others[0].split("=")[0], map(flag, vars(given)))
-            raise UserError(f"{others[0]}: no flag of this program, --help lists them{near}")
+            flags = map(flag, vars(given))
+            near = difflib.get_close_matches(others[0].split("=")[0], flags, 1, 0.58)
+            raise UserError(f"{others[0]}: no flag of this program, --help lists them"
+                            + "".join(f"; did you mean {name}?" for name in near))
         if others:
             raise UserError(f"{others[0]} is one value too many: quote a glob, as in --train-files "
                             "'texts/*.txt', lest the shell makes many of it")
         return given
-
-
-def nearest(word, choices):
-    """A question after the choice that is most like the word, if any is."""
-    near = difflib.get_close_matches(word, choices, 1, 0.58)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def read_value(field, text):
-    """The value of a field of Config from what stands behind its flag."""
-    choices = field.metadata.get("choices")
-    cure = ""
-    if "," in text and "nargs" in field.metadata:
-        cure = f"; separate by spaces: {text.replace(',', ' ')}"
-    if choices and text not in choices:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}"
-                                         + (cure or nearest(text, choices)))
-    try:
-        return field.type(text)
-    except ValueError:
-        kind = "whole number" if field.type is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind}{cure}") from None
 
 
 def words(value):
@@ -296,7 +276,7 @@ def add_flags(parser, *names, **defaults):
             continue
         how = dict(f.metadata, default=defaults.get(f.name, f.default))
         if f.type is not bool:
-            how["type"] = functools.partial(read_value, f)
+            how["type"] = f.type
         if how["default"] is not None:
             how["help"] += f" ({words(how['default'])})"
         elif any(f.name in preset for preset in PRESETS.values()):

@@ -4,8 +4,6 @@ Each load_... returns a Data: token ids to train and to validate on, their token
 where texts can be right or wrong. What comes from GPT-2 (its tokens, its models) is here as well.
 """
 
-import bz2
-import contextlib
 import functools
 import glob
 import gzip
@@ -14,10 +12,10 @@ import inspect
 import io
 import itertools
 import json
-import lzma
 import os
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -170,7 +168,6 @@ def token_entropy(x):
 
 # -----------------------------------------------------------------------------
 # The maze
-
 MAZE_SIZE = 6
 MAZE = """
 +---+---+---+---+---+---+
@@ -261,7 +258,6 @@ def load_maze(cfg):
 
 # -----------------------------------------------------------------------------
 # Toy sentences
-
 END = "<end>"                   # fills a short sentence up
 
 # The grammar of `cities`. A slot takes one phrase of its list, a repeated slot the same phrase.
@@ -335,7 +331,6 @@ GENERATED = {"maze": load_maze, "cities": load_cities}
 
 # -----------------------------------------------------------------------------
 # Running text: files or the hub -> token ids on disk, made once and mapped into memory
-
 # Where running text comes from when no --train-files are given: (name, split) on the Hugging Face
 # hub. These copies are parquet; those under the bare names are scripts, which `datasets` refuses.
 HUB = {"tinystories": {"train": ("roneneldan/TinyStories", "train"),
@@ -378,10 +373,8 @@ def detokenize(text):
     return text
 
 
-# The formats of files by their endings, and what opens packed ones.
-FORMATS = {"": "text", ".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json",
-           ".ndjson": "json", ".parquet": "parquet"}
-UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# Files with one document a row, by their endings, also with .gz behind; all else is plain text.
+ROWS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
 # What ends a document within a text, with the line ends around it. At the end of what is read so
 # far it waits: a line end may follow.
@@ -395,12 +388,10 @@ def cause(error):
 
 
 def file_format(path):
-    """Format of a file, None if unknown, and the function that opens it."""
-    name, packed = os.path.splitext(os.path.basename(path).lower())
-    if packed not in UNPACK:
-        name += packed
-    ending = re.search(r"(\.[a-z]\w*)?$", name)[0]              # news.en-00001-of-00100 has none
-    return FORMATS.get(ending), UNPACK.get(packed, open)
+    """Format of a file, "json", "parquet" or "text", and the function that opens it."""
+    name = path.lower().removesuffix(".gz")
+    is_packed = len(name) < len(path)
+    return ROWS.get(os.path.splitext(name)[1], "text"), gzip.open if is_packed else open
 
 
 def read_rows(source, by_line):
@@ -440,7 +431,6 @@ def read_pieces(source, by_line):
         for text in itertools.chain(read_rows(source, by_line), [JOINT]):
             if not isinstance(text, str) or "\0" in text:
                 raise ValueError("no text but binary data, a number or nothing")
-            text.encode()                                       # half a surrogate pair is no text
             number += text.count("\n") if is_whole else 1
             text = detokenize(text.strip()) if by_line else text
             *ended, rest = ENDS.split(rest + text + ("" if is_whole else JOINT))
@@ -504,27 +494,17 @@ def load_tokens(cfg, name, source, tokenizer, limit):
             tokenizer = Tokenizer(sorted(letters))
         head = json.dumps(tokenizer.state)
         temporary = f"{path}.{os.getpid()}.tmp"
+        os.makedirs(CACHE, exist_ok=True)
         try:
-            os.makedirs(CACHE, exist_ok=True)
             with open(temporary, "wb") as f:
                 f.write((head + " " * (len(head) % 2 == 0) + "\n").encode())    # ids at even places
                 write_tokens(f, pieces(), tokenizer, limit, f"--{name}-files")
             os.replace(temporary, path)
-        except OSError as e:
-            raise UserError(f"{path}: cannot be written ({e.strerror}); make room, or start in "
-                            "another folder") from e
         finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-    try:
-        with open(path, "rb") as f:
-            tokenizer = Tokenizer(**json.loads(f.readline()))
-            start = f.tell()
-        if os.path.getsize(path) == start:  # nothing cannot be mapped
-            raise UserError(f"--{name}-files: there is no text in them, too few tokens")
-        return np.memmap(path, np.uint16, "r", start), tokenizer
-    except ValueError as e:  # not by this program: a file gets its name when it is whole
-        raise UserError(f"{path}: damaged {cause(e)}; delete it, it is made again") from e
+            Path(temporary).unlink(missing_ok=True)
+    with open(path, "rb") as f:
+        tokenizer = Tokenizer(**json.loads(f.readline()))
+        return np.memmap(path, np.uint16, "r")[f.tell() // 2:], tokenizer
 
 
 def find_files(flag, pattern):
@@ -535,10 +515,6 @@ def find_files(flag, pattern):
     if not paths:
         raise UserError(f"{flag} {pattern}: no file matches; check the path, and quote a glob like "
                         "'texts/*.txt' (of a folder take 'folder/*')")
-    for path in paths:
-        if file_format(path)[0] is None:
-            raise UserError(f"{flag} {path}: a format not known; leave the file out, or give it an "
-                            f"ending of {', '.join([*FORMATS, *UNPACK][1:])}")
     return paths
 
 
@@ -550,12 +526,9 @@ def load_text(cfg):
         train = find_files("--train-files", cfg.train_files)
         val = find_files("--val-files", cfg.val_files) if cfg.val_files else []
         train = [p for p in train if not any(os.path.samefile(p, v) for v in val)]
-        if not train:
-            raise UserError(f"--train-files {cfg.train_files}: all of it is in --val-files, which "
-                            "are not trained on; give more files")
     if not train or (cfg.val_files and not cfg.train_files):
         raise UserError(f"--dataset {cfg.dataset} needs --train-files, a file or a quoted glob "
-                        "like 'texts/*.txt', of which --val-files may name some")
+                        "like 'texts/*.txt', of which --val-files may name some but not all")
     tokenizer = None
     if cfg.tokenizer != "char":  # "gpt2", or "gpt2-4096" and the like
         tokenizer = Tokenizer(size=int(cfg.tokenizer[5:] or 50257))
@@ -572,7 +545,6 @@ def load_text(cfg):
 
 # -----------------------------------------------------------------------------
 # GPT-2: its tokens, and models of transformers as teachers and judges
-
 def load_gpt2_bpe(size):
     import tiktoken
     try:
@@ -621,12 +593,10 @@ def load_transformers(name, what, cure):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained(name).float()
         return model.eval(), AutoTokenizer.from_pretrained(name)
-    except ImportError as e:
-        raise UserError(f"{what} {name} needs transformers: pip install -e \".[hf]\"; or give "
-                        f"{cure}") from e
-    except Exception as e:  # offline, no such name, foreign folder: many types
-        raise UserError(f"{what} {name}: cannot be loaded {cause(e)}; with no network "
-                        f"give a local folder with a model and its tokenizer, or {cure}") from e
+    except Exception as e:  # not installed, offline, no such name, foreign folder: many types
+        raise UserError(f"{what} {name}: cannot be loaded {cause(e)}; it takes transformers (pip "
+                        "install -e \".[hf]\") and, with no network, a local folder with a model "
+                        f"and its tokenizer; or give {cure}") from e
 
 
 def load_pretrained(name, tokenizer, seq_len):

@@ -198,7 +198,7 @@ def teacher_loss(teacher, x0, *_):
 # -----------------------------------------------------------------------------
 # 3. Gumbel-Max labelling: token = argmax(logp + xi)                      (Theorem 4.1)
 def rng(*key, device="cpu"):
-    """A torch.Generator seeded by `key`, which says what it is for: (seed, "batch", step, piece)."""
+    """A torch.Generator seeded by `key`, which says what it is for, like (seed, "batch", step)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 

@@ -185,14 +185,12 @@ def words_of(text):
     return re.findall(r"[a-z]+(?:'[a-z]+)*", text)[1:-1]
 
 
-def training_words(data, piece=2**20, overlap=1000):
-    """The words of the training text, and its pairs of neighbouring words, as two sets."""
+def training_words(data, piece=2**20):
+    """The words of the training text, and its pairs of neighbouring words, as two sets. What the
+    borders of the pieces, which save memory, cut apart is left out."""
     words, pairs = set(), set()
-    n = min(len(data.train), MAX_WORD_TOKENS)
-    for start in range(0, n, piece):
-        # A piece reaches into the next one, where words_of leaves out the first word.
-        text = data.tokenizer.decode(data.train[start:start + piece + overlap])
-        found = words_of(text)
+    for start in range(0, min(len(data.train), MAX_WORD_TOKENS), piece):
+        found = words_of(data.tokenizer.decode(data.train[start:start + piece]))
         words.update(found)
         pairs.update(pairs_of(found))
     return words, pairs
@@ -359,8 +357,8 @@ def write_rows(args, names, models, data, teacher, real, cfg):
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", nargs="+", help="checkpoints (the newest student under out/)")
-    parser.add_argument("-n", dest="n_samples", type=int, default=1000, help="number of texts "
-                        "(1000)")
+    parser.add_argument("-n", "--n-samples", type=int, default=1000, metavar="N",
+                        help="number of texts (1000)")
     parser.add_argument("--floors", action="store_true", help="also judge texts that no model "
                         "wrote, which a good score must put last")
     parser.add_argument("--judge", help="whose perplexity: a causal model of transformers, a "
@@ -370,7 +368,6 @@ def main():
               "batch_size", "train_files", "val_files", "out_dir", nfe=[8], batch_size=1000,
               out_dir="out/judge")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")                    # a terminal may lack letters
     names, models, tokenizer, saved, cfg = load_models(args)
     data = load_data(cfg)
     if data.tokenizer.state != tokenizer.state:

@@ -24,8 +24,8 @@ import torch
 
 from config import Config, Parser, UserError, add_flags, resolve, run_cli, weights_id
 from data import MAZE_WIDTH, draw_maze, show
-from gumbel_distill import generate, load_model, load_teacher, sampler_settings, sampling_batches
-from gumbel_distill import sequence_noise, serial_extraction
+from gumbel_distill import generate, load_model, load_teacher, open_text, sampler_settings
+from gumbel_distill import sampling_batches, sequence_noise, serial_extraction
 
 
 # -----------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def draft_and_verify(student, teacher, xi, xt=None, ratio=0.0, on_round=None):
     if student is None and ratio > 0:
         raise ValueError(f"ratio {ratio}: without a student there is nothing to mix with")
     B, T, V = xi.shape
-    x = torch.full((B, T), V, device=xi.device) if xt is None else xt.clone()
+    x = open_text(xi, xt)
     if student is None:  # the first draft is the teacher's argmax text
         guess = serial_extraction(teacher, torch.zeros_like(xi[:1])).repeat(B, 1)          # (B, T)
     rounds = torch.zeros(B, dtype=torch.long, device=xi.device)
@@ -308,7 +308,8 @@ def play(films, names, tokenizer, is_maze, pause=0.8):
 def parse(words=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", nargs="+", help="checkpoints (the newest student under out/)")
-    parser.add_argument("-n", dest="n_samples", type=int, default=4, help="number of texts (4)")
+    parser.add_argument("-n", "--n-samples", type=int, default=4, metavar="N",
+                        help="number of texts (4)")
     parser.add_argument("--prompt", default="", help="text to begin with; each _ is one token")
     parser.add_argument("--apd", type=float, metavar="R", help="adaptive parallel decoding: the "
                         "student drafts, the teacher verifies; 1 is the student alone")
@@ -378,21 +379,14 @@ def write(args, model, tokenizer, saved, cfg, known):
 
 
 def main():
-    if "--eval" in sys.argv:
-        raise UserError("--eval: judge.py does this now, with the same flags: python judge.py")
     args = parse()
-    sys.stdout.reconfigure(errors="replace")                    # a terminal may lack letters
     names, models, tokenizer, saved, cfg = load_models(args)
     known = checked_prompt(args, models, tokenizer, cfg)
-    try:
-        if not args.animate:
-            write(args, models[0], tokenizer, saved, cfg, known)
-        else:
-            for films in all_films(models, cfg, known):
-                play(films, names, tokenizer, cfg.dataset == "maze")
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has enough; the interpreter flushes once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not args.animate:
+        write(args, models[0], tokenizer, saved, cfg, known)
+        return
+    for films in all_films(models, cfg, known):
+        play(films, names, tokenizer, cfg.dataset == "maze")
 
 
 if __name__ == "__main__":

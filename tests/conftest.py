@@ -5,10 +5,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"     # there is a worker on each core
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)                # where another plugin has imported torch before
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
@@ -16,6 +19,14 @@ import gumbel_distill as gd  # noqa: E402
 
 CPU = dict(device="cpu", dtype="float32", compile=False)
 LETTERS = gd.Tokenizer(list("abcdefg"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """One worker takes all tests of the maze run, so that it is trained once."""
+    for item in items:
+        if "maze_run" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("maze"))
 
 
 @pytest.fixture(autouse=True, scope="session")

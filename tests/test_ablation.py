@@ -1,6 +1,8 @@
 """Other noise and other losses.   python -m pytest tests/test_ablation.py"""
 
 import json
+import pickle
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ import torch.nn.functional as F
 import ablation
 import gumbel_distill as gd
 from conftest import CPU, LETTERS, tiny_config
+from test_cli import TINY, assert_refused
 from test_gumbel import KS_LIMIT, gumbel_cdf, ks_one_sample
 from test_models import assert_equals_the_dense_form
 
 V, T = LETTERS.vocab_size, 6
+STUDENTS = [name + end for name in ablation.NOISES for end in ("", "-draft")]
 INDEPENDENT = ["independent", "independent-draft"]
 
 
@@ -34,7 +38,7 @@ def test_changed_noise_keeps_ranks_and_stays_finite(kind):
 
 
 @pytest.mark.parametrize("n_draft", [2, V])
-@pytest.mark.parametrize("name", ablation.OTHER_NOISE)
+@pytest.mark.parametrize("name", STUDENTS)
 def test_other_noise_is_read_in_the_dense_form_too(name, n_draft, monkeypatch):
     """In value and gradient: the student is the gumbel one, with changed noise in place of xi."""
     monkeypatch.setattr(gd, "DRAFT_TOKENS", n_draft)
@@ -45,7 +49,7 @@ def test_other_noise_is_read_in_the_dense_form_too(name, n_draft, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    name for name in ablation.OTHER_NOISE if name not in INDEPENDENT])
+    name for name in STUDENTS if name not in INDEPENDENT])
 def test_the_loss_of_changed_noise_is_that_of_the_texts_posterior_noise(name, tiny):
     _, teacher, _ = tiny
     student = ablation.OtherNoise(tiny_config(), name, V).double()
@@ -108,7 +112,7 @@ def test_kd_is_in_expectation_the_loss_on_the_teachers_own_texts(tiny):
 
 
 def test_a_run_of_other_noise_trains_and_judges_each_of_its_students(tmp_path):
-    students = [*ablation.OTHER_NOISE, "mdlm"]
+    students = [*STUDENTS, "mdlm"]
     small = dict(CPU, n_layer=1, n_embd=8, max_steps=2, eval_every=2, n_samples=8, nfe=[1])
     rows = ablation.run_other(gd.Config(**small, students=students, out_dir=str(tmp_path)))
     assert {r["model"] for r in rows} == {"teacher", "teacher, other noise", *students}
@@ -130,43 +134,99 @@ def test_a_run_of_other_noise_hands_each_student_its_own_loss(tmp_path, monkeypa
                      ("uniform", ablation.OtherNoise, "other_loss")]
 
 
-def test_all_students_of_other_noise_learn(tmp_path):
-    """The validation loss falls below that of the letters' frequencies, as in test_training."""
-    words = "abcabd\n" * 300
-    (tmp_path / "text.txt").write_text(words)
-    small = dict(CPU, dataset="text", train_files=str(tmp_path / "text.txt"), seq_len=8, n_layer=1,
-                 n_head=2, n_embd=32, max_steps=200, eval_every=200, lr=5e-3, batch_size=8,
-                 warmup=20, n_samples=8, nfe=[1])
-    cfg, data = gd.prepare(gd.Config(**small, out_dir=str(tmp_path)))
-    teacher = gd.get_teacher(cfg, data)
-    for name in ablation.OTHER_NOISE:
-        student = ablation.OtherNoise(cfg, name, teacher.vocab_size)
-        gd.train_student(student, cfg, teacher, data, ablation.other_loss)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert len(log) == 7 and all(row["val"] < 1.4 for row in log)
+class HerePool:
+    """The face of ProcessPoolExecutor in this process: what goes to another one is pickled."""
+
+    def __init__(self, *args):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *args):
+        function, args = pickle.loads(pickle.dumps((function, args)))
+        done = Future()
+        done.set_result(function(*args))
+        return done
 
 
-def test_the_command_prints_a_row_for_each_run_with_means_over_seeds(tmp_path, cli, monkeypatch):
-    """Here no run is trained; their settings are checked all the same."""
-    class Pool:
-        def __init__(self, *_):
-            pass
+def test_the_ablation_trains_what_is_missing_and_prints_what_it_writes(cli, tmp_path, monkeypatch):
+    """Two entries of it."""
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", HerePool)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(ablation, "RUNS", {
+        "default": (dict(students=["mdlm", "gumbel"]), 2),
+        "blocks of 5": (dict(students=["bd3lm"], block_size=5, nfe=[2, 6]), 1)})
+    call = (ablation.main, *TINY, "--out-dir", tmp_path)
+    status, said, err = cli(*call)
+    assert status == 0, err
+    table = json.loads((tmp_path / "ablation.json").read_text())
+    assert [(r["run"], r["model"], r["seeds"]) for r in table] == [
+        ("default", model, 2) for model in ("mdlm", "mdlm", "gumbel", "gumbel", "mdlm, APD",
+                                            "mdlm, exact mode", "gumbel, APD", "gumbel, exact mode")
+    ] + [("blocks of 5", "bd3lm", 1)] * 2
+    assert [r["nfe"] for r in table[:4]] == [1, 3, 1, 3] and table[0]["nfe_sd"] == 0
+    assert [r["nfe"] for r in table[8:]] == [2, 6] and "valid_sd" not in table[8]
+    for i in (0, 1):
+        assert (tmp_path / str(i) / "default" / "results.json").exists()
+    lines = said.splitlines()
+    assert sum(line.endswith(" done") for line in lines) == 3
+    assert len(lines) == 3 + 1 + len(table) and "blocks of 5" in lines[-1]
 
-        def __enter__(self):
-            return self
+    kept, again = (tmp_path / "0" / name for name in ("default/mdlm.pt", "blocks-of-5/bd3lm.pt"))
+    before = kept.stat().st_mtime_ns
+    again.unlink()
+    assert cli(*call)[0] == 0
+    assert json.loads((tmp_path / "ablation.json").read_text()) == table
+    assert kept.stat().st_mtime_ns == before and again.exists()
+    assert "bd3lm" in (tmp_path / "0" / "blocks-of-5" / "log.txt").read_text()
+    assert not (tmp_path / "0" / "blocks-of-5" / "teacher.pt").exists()
 
-        def __exit__(self, *_):
-            pass
 
-        def map(self, _, names, configs):
-            return [[{"model": name, "nfe": 1, "valid": 0.1 * cfg.seed}]
-                    for name, cfg in zip(names, configs)]
-    monkeypatch.setattr(ablation, "ProcessPoolExecutor", Pool)
-    status, out, err = cli(ablation.main, "--out-dir", tmp_path)
-    assert (status, err) == (0, "")
-    table = {row["run"]: row for row in json.loads((tmp_path / "ablation.json").read_text())}
-    assert list(table) == list(ablation.RUNS) and all(name in out for name in ablation.RUNS)
-    for name, (_, n_seeds) in ablation.RUNS.items():
-        assert table[name]["valid"] == pytest.approx(0.1 * (n_seeds - 1) / 2)
-        assert ("valid_sd" in table[name]) == (n_seeds > 1)
-    assert table["default"]["valid_sd"] == pytest.approx(0.1)
+def rows_of_seed(name, cfg, n_threads):
+    """In place of ablation.run_alone: two rows without any training."""
+    return [{"model": "mdlm", "nfe": 1, "valid": 0.25 * 2**cfg.seed, "tv": 0.5},
+            {"model": "mdlm, APD", "nfe": 2.0 + cfg.seed, "valid": 1.0}]
+
+
+def test_the_ablation_is_a_table_of_means_and_deviations(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "ProcessPoolExecutor", HerePool)
+    monkeypatch.setattr(ablation, "run_alone", rows_of_seed)
+    monkeypatch.setattr(ablation, "RUNS", {"default": ({}, 2), "blocks of 5": ({}, 1)})
+    status, _, err = cli(ablation.main, *TINY, "--out-dir", tmp_path)
+    assert status == 0, err
+    first, second, *one_seed = json.loads((tmp_path / "ablation.json").read_text())
+    assert (first["valid"], first["tv"], first["nfe"]) == pytest.approx((0.375, 0.5, 1))
+    assert (first["valid_sd"], first["tv_sd"]) == pytest.approx((0.25 / 2**0.5, 0))
+    assert (second["nfe"], second["nfe_sd"]) == pytest.approx((2.5, 0.5**0.5))
+    assert "tv" not in second and "agree_seq" not in first
+    assert [r["valid"] for r in one_seed] == [0.25, 1] and "valid_sd" not in one_seed[0]
+
+
+def test_rows_of_the_ablation_are_those_of_the_usual_temperature(tmp_path, monkeypatch):
+    rows = [{"model": "teacher"}] + [{"model": name, "temperature": temperature}
+                                     for name in ("mdlm", "bd3lm", "gumbel", "gumbel-draft")
+                                     for temperature in (1.0, 0.0)]
+    monkeypatch.setattr(ablation, "run", lambda cfg: rows)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    kept = ablation.run_alone("blocks of 5", gd.Config(out_dir=str(tmp_path / "a")), 1)
+    assert [(r["model"], r["temperature"]) for r in kept] == [
+        ("mdlm", 1), ("bd3lm", 1), ("gumbel", 0), ("gumbel-draft", 0)]
+
+
+def test_the_ablation_refuses_bad_settings_before_it_trains(cli, tmp_path):
+    for args, *said in (
+            (["--n-embd", 30], "--n-embd", "30"), (["--students", "mdlm"], "--students"),
+            (["--batch-size", 0], "--batch-size"), (["--n-layer", "x"], "--n-layer")):
+        assert_refused(cli(ablation.main, *args, "--out-dir", tmp_path / "a"), *said)
+    assert not (tmp_path / "a").exists()
+
+
+def test_every_run_of_the_ablation_is_one_of_the_program(tmp_path):
+    """Its settings exist, and the default run, which trains the teachers, has all their seeds."""
+    for change, n_seeds in ablation.RUNS.values():
+        gd.resolve(gd.Config(**change))
+        assert 1 <= n_seeds <= ablation.RUNS["default"][1]

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 import gumbel_distill as gd
 from conftest import CPU, LETTERS, sharpened, tiny_config
 
+pytestmark = pytest.mark.quick
+
 V, T = LETTERS.vocab_size, 6
 NAMES = ["bd3lm", "gumbel", "gumbel-draft"]
 

@@ -38,7 +38,7 @@ def test_every_check_holds(tmp_path):
     done = run(tmp_path, "--device", "cpu", "--tiny", "--only", "check", "--out-dir", "out")
     assert done.returncode == 0, done.stdout + done.stderr
     checks = [row for row in rows(tmp_path / "out", "check") if "ok" in row]
-    assert len(checks) > 40 and all(row["ok"] for row in checks)
+    assert len(checks) > 30 and all(row["ok"] for row in checks)
     assert done.stdout.count("skipped") == 1                    # that of two cards
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["check.json"]
 

@@ -8,6 +8,8 @@ import torch
 
 import gumbel_distill as gd
 
+pytestmark = pytest.mark.quick
+
 LOGP = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01], dtype=torch.float64).log()
 KS_LIMIT = 1.95  # sqrt(n) times the Kolmogorov-Smirnov distance exceeds this with probability 1e-3
 

@@ -11,6 +11,8 @@ import gumbel_distill as gd
 from config import STUDENTS
 from conftest import LETTERS, tiny_config
 
+pytestmark = pytest.mark.quick
+
 V, T = LETTERS.vocab_size, 6
 
 
@@ -52,6 +54,43 @@ def test_rotary_attention_sees_order_and_distances_but_no_absolute_position():
     pos = torch.arange(4)
     assert torch.allclose(net(x, pos=pos), net(x, pos=pos + 7))
     assert not torch.allclose(net(x, pos=pos), net(x, pos=2 * pos))
+
+
+class OnCard(torch.Tensor):
+    """A tensor of the CPU that says it lies on a card."""
+    is_cuda = True
+
+
+def test_on_a_card_rows_are_filled_up_with_zeros_to_64_and_on_a_cpu_they_are_not():
+    x = torch.randn(70, 64, generator=gd.rng("x"))
+    assert gd.aligned(x, 0).equal(x) and gd.aligned(x, 1).equal(x)
+    for dim, given in ((0, x), (1, x.T)):
+        filled = gd.aligned(given.as_subclass(OnCard), dim).as_subclass(torch.Tensor)
+        assert filled.shape[dim] == 128 and filled.narrow(dim, 0, 70).equal(given)
+        assert (filled.narrow(dim, 70, 58) == 0).all()
+    assert gd.aligned(x.as_subclass(OnCard), 1).shape == (70, 64)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_zeros_in_filled_up_rows_change_no_logits(name, monkeypatch):
+    student = gd.Student(tiny_config(), name, V).double().eval()
+    given = torch.full((1, T), V), gd.sample_gumbel((T, V), gd.rng(0), torch.float64)
+    plain, real = student(*given), gd.aligned
+    monkeypatch.setattr(gd, "aligned", lambda x, dim: real(x.as_subclass(OnCard), dim)
+                        .as_subclass(torch.Tensor))
+    filled = student(*given)
+    assert filled.shape == (T, V) and torch.allclose(filled, plain, atol=1e-12)
+
+
+def test_nll_is_the_cross_entropy_in_float32_at_least():
+    net, x0 = gd.Transformer(tiny_config(), V, causal=True), torch.randint(V, (50,))
+    logits = 9 * torch.randn(50, V, dtype=torch.float64, generator=gd.rng("logits"))
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        given = logits.to(dtype)
+        expected = -given.double().log_softmax(-1).gather(-1, x0[:, None])[:, 0]
+        nll = net.nll(given, x0)
+        assert nll.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.allclose(nll.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_acts_on_what_attention_and_mlp_add():

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import ablation
+import config
 import data
 import gumbel_distill as gd
+import judge
 import sample
 import train_teacher
 from conftest import ROOT
@@ -20,7 +22,7 @@ DOCS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs"
 # What was measured at an older commit names that commit's flags.
 TODAY = README + "".join(text.split("## Measured before")[0] for text in DOCS.values())
 MODULES = {"gumbel_distill.py": gd, "train_teacher.py": train_teacher, "sample.py": sample,
-           "ablation.py": ablation, "data.py": data}
+           "judge.py": judge, "ablation.py": ablation, "data.py": data}
 SMALL = ("--n-layer 1 --n-head 2 --n-embd 16 --max-steps 4 --eval-every 4 --warmup 1 "
          "--n-samples 20").split()
 
@@ -39,8 +41,8 @@ def test_everything_that_is_named_exists():
 
 
 def test_every_flag_that_is_named_exists():
-    flags = {gd.flag(name) for name in gd.Config.__dataclass_fields__}
-    for script in ("sample.py", "notebooks/classroom.py", "tests/bench.py", "tests/gpu.py"):
+    flags = {config.flag(name) for name in gd.Config.__dataclass_fields__}
+    for script in ("sample.py", "judge.py", "notebooks/classroom.py", "tests/bench.py", "tests/gpu.py"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text()))
     flags |= {"--help", "--standalone", "--nproc_per_node"}
     own = re.sub(r"pip install.*", "", TODAY)
@@ -48,7 +50,7 @@ def test_every_flag_that_is_named_exists():
 
 
 COMMANDS = sorted(set(re.findall(
-    r"(?:python|torchrun [^`\n]*?) ((?:gumbel_distill|train_teacher|sample|ablation)\.py[^`\n#]*)",
+    r"(?:python|torchrun [^`\n]*?) ((?:gumbel_distill|train_teacher|sample|judge|ablation)\.py[^`\n#]*)",
     TODAY)))
 
 
@@ -56,8 +58,8 @@ def run_commands(commands, cli):
     for command in commands:
         words = shlex.split(re.sub(r"\bS\b", "0", command))     # S stands for a seed
         small = SMALL
-        if words[0] == "sample.py":
-            small = ["-n", "50", "--nfe", "1"] if "--eval" in words else []
+        if words[0] in ("sample.py", "judge.py"):
+            small = ["-n", "50", "--nfe", "1"] if words[0] == "judge.py" else []
         if "gpt2" in words or "gpt2-large" in words:            # only parsed: needs the hub
             small = ["--help"]
         status, _, err = cli(MODULES[words[0]].main, *words[1:], *small)
@@ -85,7 +87,7 @@ def test_every_command_runs(cli, tmp_path, monkeypatch):
         (tmp_path / name).write_text("to be or not to be, that is the question.\n" * 400)
     commands = [c for c in COMMANDS if "lm1b" not in c and "owt" not in c]
     assert len(commands) >= 7
-    commands.sort(key=lambda c: (c.startswith("sample"), not c.startswith("train_teacher"),
+    commands.sort(key=lambda c: (c.startswith(("sample", "judge")), not c.startswith("train_teacher"),
                                  c.strip() != "gumbel_distill.py"))
     run_commands(commands, cli)
 
@@ -117,7 +119,7 @@ def test_the_test_command_is_what_ci_runs():
     assert 'pip install -e ".[dev]" && python -m pytest' in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("script", ["gumbel_distill.py", "train_teacher.py", "sample.py"])
+@pytest.mark.parametrize("script", ["gumbel_distill.py", "train_teacher.py", "sample.py", "judge.py"])
 def test_the_scripts_name_only_commands_that_parse(script, cli):
     for name, flags in re.findall(r"    python (\w+\.py)([^#\n]*)", (ROOT / script).read_text()):
         status, said, err = cli(MODULES[name].main, *shlex.split(flags), "--help")
@@ -128,11 +130,11 @@ def test_the_scripts_name_only_commands_that_parse(script, cli):
 ITEMS = [
     ("Gumbel-Max", gd.sample_gumbel), ("Serial extraction", gd.serial_extraction),
     ("parallel extraction (Theorem 4.1)", gd.posterior_gumbel), ("noise injection", gd.Student),
-    ("BD3-LM", gd.Student), ("MDLM objective", gd.student_loss),
+    ("bd3lm", gd.BlockStudent), ("MDLM objective", gd.student_loss),
     ("BD3-LM objective", gd.student_loss), ("NELBO", gd.student_loss),
-    ("token-level KD", gd.student_loss), ("Forward process", gd.q_sample),
-    ("sequence-level KD", gd.teacher_data), ("ancestral", gd.sample),
-    ("gaussian", gd.change_noise), ("agree_token", gd.compare_with_teacher),
+    ("oken-level knowledge distillation", ablation.kd_loss), ("Forward process", gd.q_sample),
+    ("sequence-level KD", gd.teacher_data), ("ancestral", gd.fill_steps),
+    ("gaussian", ablation.change_noise), ("agree_token", gd.compare_with_teacher),
     ("entropy", data.token_entropy), ("exact mode", sample.draft_and_verify),
     ("adaptive parallel decoding (APD)", sample.draft_and_verify),
 ]

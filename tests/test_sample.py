@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-import config
 import gumbel_distill as gd
 import sample
 from conftest import CPU, LETTERS, ROOT
@@ -16,47 +15,21 @@ from conftest import CPU, LETTERS, ROOT
 V, T = 7, 6
 
 
-def fill(model, order, **given):
-    """Nine texts of `model`, and the same after each step."""
-    xi, u = gd.sequence_noise(0, torch.arange(9), T, model)
-    steps = []
-    x = gd.sample(model, xi, u, order=order, on_step=steps.append, **given)
-    return x, steps
-
-
-def test_first_hitting_unmasks_one_token_a_step_in_random_order(tiny):
-    _, _, student = tiny
-    x, steps = fill(student, "first-hitting", nfe=T)
-    assert [(s == V).sum(1).tolist() for s in steps] == [[T - k] * 9 for k in range(1, T + 1)]
-    assert len((steps[0] != V).long().argmax(1).unique()) > 2
-    assert x.equal(fill(student, "first-hitting", nfe=T + 5)[0])        # more steps than tokens
-
-
-def test_first_hitting_fills_in_the_order_of_the_ancestral_sampler(tiny):
-    """Step by step the same tokens as an ancestral sampler of very many steps."""
-    _, _, student = tiny
-    one, _ = fill(student, "first-hitting", nfe=T, temperature=1.0)
-    many, _ = fill(student, "random", nfe=20_000, temperature=1.0)
-    assert one.equal(many)
-
-
-@pytest.mark.parametrize("order", config.ORDERS)
-def test_texts_do_not_depend_on_the_batch(order, tiny):
+def test_texts_do_not_depend_on_the_batch(tiny):
     _, teacher, student = tiny
-    given = dict(nfe=4, order=order, temperature=1.0)
+    given = dict(nfe=4, temperature=1.0)
     whole = gd.generate(student, 11, T, 3, **given)
     assert whole.equal(gd.generate(student, 11, T, 3, batch_size=1, **given))
     assert whole[:5].equal(gd.generate(student, 5, T, 3, batch_size=4, **given))
     assert gd.generate(teacher, 11, T, 3).equal(gd.generate(teacher, 11, T, 3, batch_size=2))
 
 
-@pytest.mark.parametrize("order", config.ORDERS)
-def test_tokens_of_the_prompt_stay_and_gaps_are_filled(order, tiny):
+def test_tokens_of_the_prompt_stay_and_gaps_are_filled(tiny):
     _, _, student = tiny
     known = sample.prompt_ids("ab__c", LETTERS, T)
     assert known.tolist() == [0, 1, V, V, 2, V]
     for nfe in (1, 2, 50):
-        x = gd.generate(student, 20, T, 0, known, order=order, nfe=nfe, temperature=1.0)
+        x = gd.generate(student, 20, T, 0, known, nfe=nfe, temperature=1.0)
         assert (x[:, known < V] == known[known < V]).all() and (x < V).all()
         assert len(x[:, 2:4].unique(dim=0)) > 5
 
@@ -85,7 +58,7 @@ def test_texts_that_cannot_be_are_refused(maze_run, cli):
     given = ["--ckpt", folder / "gumbel.pt"]
     for args, said in ((["--prompt", "b1 " * 10], "--prompt"),
                        (["--prompt", "b1 " * 10, "--exact"], "--prompt"),
-                       (["--nfe", 1, 2], "--nfe"), (["--eval", "--judge", "x"], "judge.py"),
+                       (["--nfe", 1, 2], "--nfe"), (["--eval"], "--eval"),
                        (["--animate", "--exact"], "--animate"),
                        (["--animate", "--out", "x"], "--animate"),
                        (["--ckpt", folder / "mdlm.pt", folder / "mdlm.pt"], "one name")):
@@ -103,7 +76,7 @@ def test_texts_are_written_as_json_lines(maze_run, cli, tmp_path):
     assert all(len(r["ids"]) == 10 and len(r["text"].split()) == 10 for r in rows)
     model, _, _ = gd.load_model(str(folder / "gumbel.pt"), "cpu")
     for r in rows[2:4]:  # a line says how its text is made again
-        settings = {name: r[name] for name in ("nfe", "tau", "temperature", "top_p", "order")}
+        settings = {name: r[name] for name in ("nfe", "tau", "temperature", "top_p")}
         assert gd.generate(model, 7, 10, r["seed"], **settings)[r["index"]].tolist() == r["ids"]
 
 
@@ -115,7 +88,7 @@ def test_a_text_is_shown_as_it_unmasks(maze_run, cli, tmp_path):
         known = sample.prompt_ids("b1 __ e1", tokenizer, 10)
         settings = {"tau": 1.0}
         if name != "teacher":
-            settings.update(nfe=3, order="first-hitting", temperature=float(name == "mdlm"))
+            settings.update(nfe=3, temperature=float(name == "mdlm"))
         film = sample.film(model, 4, 0, known, **settings)
         assert film[0].equal(known) and len(film) == (11 if name == "teacher" else 4)
         for before, after in zip(film, film[1:]):
@@ -123,10 +96,10 @@ def test_a_text_is_shown_as_it_unmasks(maze_run, cli, tmp_path):
             assert after[before != 36].equal(before[before != 36])
         assert film[-1].equal(gd.generate(model, 5, 10, 0, known, **settings)[4])
     status, said, err = cli(sample.main, "--ckpt", folder / "mdlm.pt", folder / "gumbel.pt",
-                            "--nfe", 3, "--order", "first-hitting", "--animate", "--prompt",
-                            "b1 __ e1", "-n", 1)
-    assert status == 0 and said.count("/mdlm, step") == said.count("/gumbel, step") == 4, err
-    assert [said.count(f", step {k}") for k in (0, 1, 2, 3)] == [2] * 4
+                            "--nfe", 3, "--animate", "--prompt", "b1 __ e1", "-n", 1)
+    n = said.count("/mdlm, step")                               # a step may fill nothing
+    assert status == 0 and n == said.count("/gumbel, step") and 2 <= n <= 4, err
+    assert [said.count(f", step {k}") for k in range(n)] == [2] * n
     frames = said.split("/mdlm, step ")[1:]
     cells = [frame.count("o") for frame in frames]              # the start, b1 and e1 of both
     assert cells[0] == 6 and cells == sorted(cells) and 20 <= cells[-1] <= 22
@@ -250,12 +223,3 @@ def test_a_reader_that_has_enough_ends_it_without_an_error(maze_run):
         p.stdout.close()
         err = p.stderr.read().decode()
     assert "rror" not in err and "Broken" not in err
-
-
-def test_letters_that_a_terminal_lacks_are_replaced():
-    """The arrow of a line break, on a terminal that knows ASCII only."""
-    code = ("import sys, sample\n"
-            "sample.load_models = lambda args: print('\u21b5') or sys.exit()\nsample.main()")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.stdout == b"?\n" and not done.stderr

@@ -11,6 +11,8 @@ import gumbel_distill as gd
 import sample
 from conftest import LETTERS, sharpened, tiny_config
 
+pytestmark = pytest.mark.quick
+
 V, T = LETTERS.vocab_size, 6
 
 

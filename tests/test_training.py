@@ -230,10 +230,13 @@ def test_three_processes_take_each_of_eight_pieces_once(tmp_path, monkeypatch):
 
 
 def test_processes_need_a_piece_each(tmp_path, monkeypatch):
+    joined = []
     monkeypatch.setattr(settings, "WORLD", 3)
-    assert gd.resolve(config(tmp_path, grad_accum=8)).grad_accum == 8
+    monkeypatch.setattr(settings.dist, "init_process_group", lambda **how: joined.append(1))
+    settings.join_group(gd.resolve(config(tmp_path, grad_accum=3)))
     with pytest.raises(gd.UserError, match="--grad-accum 2"):
-        gd.resolve(config(tmp_path, grad_accum=2))
+        settings.join_group(gd.resolve(config(tmp_path, grad_accum=2)))
+    assert joined == [1]
 
 
 DISTRIBUTED = """
