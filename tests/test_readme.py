@@ -82,6 +82,7 @@ def test_the_ten_lines_of_the_readme_are_the_loss_and_the_sampler(tiny, monkeypa
 
 def test_every_command_runs(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "RUNS", {"default": ({}, 1)})
+    monkeypatch.setattr(ablation.os, "cpu_count", lambda: 1)    # the other cores are at work
     monkeypatch.chdir(tmp_path)
     for name in ("input.txt", "tinyshakespeare.txt"):
         (tmp_path / name).write_text("to be or not to be, that is the question.\n" * 400)
