@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import difflib
 import hashlib
+import json
 import os
 import sys
 import threading
@@ -46,6 +47,18 @@ PRESETS = {
     "lm1b": dict(WEB, seq_len=128, batch_size=256, nfe=[1, 4, 16, 32, 128], n_samples=256),
     "owt": dict(WEB, seq_len=1024, batch_size=32, nfe=[16, 128, 512], n_samples=32),
 }
+
+
+# What decides a trained model, beside its data
+SHAPE = ["seq_len", "n_layer", "n_head", "n_embd"]
+TEACHER_SETTINGS = SHAPE + ["dropout", "batch_size", "grad_accum", "max_steps", "lr", "warmup",
+                            "schedule", "ema", "seed"]
+STUDENT_SETTINGS = TEACHER_SETTINGS + ["block_size", "labels", "init_from", "t_min"]
+EXAMPLES = """
+python gumbel_distill.py                                        the maze, in minutes
+python gumbel_distill.py --dataset cities --students gumbel --nfe 1 4
+python gumbel_distill.py --dataset text --train-files 'texts/*.txt' --out-dir out/mine
+"""
 
 
 class UserError(Exception):
@@ -171,6 +184,14 @@ class Config:
                         choices=["float32", "bfloat16"])
     compile: bool = option(HAS_GPU, "torch.compile", action=argparse.BooleanOptionalAction)
     out_dir: str = option("out/<dataset>", "folder of this run")
+
+    @property
+    def piece_size(self):
+        return self.batch_size // self.grad_accum               # sequences
+
+    @property
+    def n_blocks(self):
+        return self.seq_len // self.block_size                  # of a text
 
 
 # The first flag of each group of the help text
@@ -336,6 +357,17 @@ def weights_id(model):
 COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "valid": ".1%", "distinct": "d",
            "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
            "agree_token": ".3f", "agree_seq": ".3f", "seconds": ".2f"}
+
+
+LOG_LINE = ("{model:12} step {step:6d} | loss {loss:.4f} | val {val:.4f} nats/token | "
+            "lr {lr:.1e} | grad {grad:.2f} | {tok_s:,.0f} tok/s | {left:.0f} s left")
+
+
+def report(row, folder):
+    """Print a line of the log of training, and append it to log.jsonl."""
+    print(LOG_LINE.format(**row), flush=True)
+    with open(f"{folder}/log.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\n")
 
 
 def print_table(rows, columns=COLUMNS):

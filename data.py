@@ -122,6 +122,15 @@ def show(ids, dataset, tokenizer):
     return tokenizer.decode(ids).split(" " + END)[0]
 
 
+def show_all(texts, dataset, tokenizer):
+    """Sequences (n, T) to print: drawings of the maze side by side, texts below one another."""
+    shown = [show(ids, dataset, tokenizer) for ids in texts]
+    if dataset != "maze":
+        return "\n\n".join(shown)
+    rows = zip(*[drawing.split("\n") for drawing in shown])
+    return "\n".join("".join(line.ljust(MAZE_WIDTH + 3) for line in row).rstrip() for row in rows)
+
+
 def total_variation(counts, n_outside=0):
     """Distance of counts (allowed outcomes) from uniform; n_outside other draws count, too."""
     n = max(1, counts.sum() + n_outside)
@@ -175,6 +184,7 @@ MAZE = """
 |                       |
 +---+---+---+---+---+---+
 """.strip().split("\n")
+MAZE_WIDTH = len(MAZE[0]) + 2       # of a drawing, with the numbers of its rows
 
 
 def maze_paths(row=0, col=0):
@@ -192,13 +202,37 @@ def maze_paths(row=0, col=0):
     return paths
 
 
+@functools.cache
+def maze_moves():
+    """All moves (from, to) of the shortest paths, pairs of cells; the start is cell 0."""
+    return {move for path in maze_paths() for move in zip([0, *path], path)}
+
+
+def broken_move(path):
+    """The number 1.. of the first move that no shortest path makes, or None. path: cells, masked
+    ones too; a move from or to a masked cell is not judged."""
+    cells = [0, *map(int, path)]
+    for number, move in enumerate(zip(cells, cells[1:]), 1):
+        if max(move) < MAZE_SIZE**2 and move not in maze_moves():
+            return number
+
+
 def draw_maze(path):
-    """MAZE as text with the start and the cells of `path` (token ids) marked."""
+    """MAZE as text with the start a1 and the cells of `path` (token ids) marked o. The cell that
+    breaks it is x. Below it stands whether the path is valid."""
     canvas = [list(line) for line in MAZE]
-    for cell in [0, *path]:
-        row, col = divmod(int(cell), MAZE_SIZE)
-        canvas[2 * row + 1][4 * col + 2] = "o"
-    return "\n".join("".join(line) for line in canvas)
+    broken = broken_move(path)
+    for number, cell in enumerate([0, *map(int, path)]):
+        row, col = divmod(cell, MAZE_SIZE)
+        if row < MAZE_SIZE:                                     # not masked
+            canvas[2 * row + 1][4 * col + 2] = "x" if number == broken else "o"
+    lines = ["    " + "   ".join("abcdef")]
+    for i, line in enumerate(canvas):
+        lines.append((str(i // 2 + 1) if i % 2 else " ") + " " + "".join(line))
+    is_open = len(path) < 2 * MAZE_SIZE - 2 or max(map(int, path)) == MAZE_SIZE**2
+    verdict = "open" if is_open else "valid"
+    lines.append("  " + (f"broken at move {broken}" if broken else verdict))
+    return "\n".join(lines)
 
 
 def load_maze(cfg):

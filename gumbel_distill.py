@@ -12,8 +12,8 @@ with Gumbel noise xi, so the noise determines the text. Show this noise to the p
 the student no longer has to learn a joint distribution. It learns a function from noise to text:
 
     1. mask each token of a text x0 with probability t                     q_sample
-    2. one pass of the teacher: how likely was every token, where masked?  Teacher
-    3. draw the noise with which the teacher would have written x0         posterior_gumbel
+    2. one pass of the teacher: logp of all tokens at masked positions     Teacher
+    3. draw noise that makes the teacher write x0                          posterior_gumbel
     4. the student sees the unmasked tokens and the noise of the others    Student
     5. cross-entropy with the masked tokens, weighted by 1/t               student_loss
     6. to write a text: fresh noise, a few steps, no teacher               sample
@@ -21,12 +21,10 @@ the student no longer has to learn a joint distribution. It learns a function fr
 Glossary (B = batch, T = seq_len, V = vocab_size, C = n_embd, M = number of masked tokens)
     x0, xt   (B, T) long   clean and masked token ids; [MASK] is the id mask_id = V
     t        (B, 1)        time in (0, 1]: P(masked) = t, P(kept) = alpha_t = 1 - t
-    xi       (B, T, V)     Gumbel noise; xi[:, i] decides token i, given the tokens before it
+    xi       (B, T, V)     Gumbel noise, or (M, V) where masked; xi[:, i] decides token i
     logp     (..., V)      logits normalised over V, in nats
-    nfe                    number of function evaluations: calls of the student for a text
+    nfe                    number of function evaluations: steps, each one call of the student
     tau                    scale of xi in sampling; 1 as in training
-
-Sections 1 to 6 are the method, 7 adds block diffusion (BD3-LM), 8 to 10 train and compare.
 """
 
 import copy
@@ -45,10 +43,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import RANK, STOP, STUDENTS, WORLD, Config, Parser, UserError, add_flags
-from config import check_equal, join_group, load_checkpoint, print_table, resolve, resume, run_cli
-from config import save_checkpoint, side_by_side, weights_id
-from data import Data, Tokenizer, load_data, load_pretrained, token_entropy
+from config import EXAMPLES, RANK, SHAPE, STOP, STUDENT_SETTINGS, STUDENTS, TEACHER_SETTINGS, WORLD
+from config import Config, Parser, UserError, add_flags, check_equal, join_group, load_checkpoint
+from config import print_table, report, resolve, resume, run_cli, save_checkpoint, side_by_side
+from config import weights_id
+from data import Data, Tokenizer, load_data, load_pretrained, show_all, token_entropy
 
 
 # -----------------------------------------------------------------------------
@@ -99,8 +98,7 @@ def rotate(x, rope):
 
 class Transformer(nn.Module):
     """Token embedding, layers, final norm, output head. There are V outputs, but V + 1 input rows.
-    The last row is [MASK] for a student, BOS for a teacher whose tokens have no BOS of their own.
-    """
+    The last row is [MASK] for a student, BOS for a teacher whose tokens have none."""
 
     def __init__(self, cfg, vocab_size, causal):
         super().__init__()
@@ -145,32 +143,16 @@ class Transformer(nn.Module):
         return F.linear(h, aligned(self.head.weight, 0))[..., :self.head.out_features]
 
     def nll(self, logits, x0):
-        """-log p of the tokens x0 (M,) from logits (M, V), in float32 also under autocast: (M,)."""
+        """-log p (M,) of the tokens x0 (M,), in float32 also under autocast. logits (M, V)"""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, x0, reduction="none")
 
 
 def aligned(x, dim):
-    """On a card: x (., .) with zeros up to a multiple of 64 in dimension dim. With V = 50,257 a
-    product takes three to five times as long, because its rows begin at odd addresses."""
+    """On a card: x (., .) with zeros up to a multiple of 64 in dimension dim. With V = 50,257 rows
+    that are not aligned make a product take three to five times as long."""
     n = -x.size(dim) % 64 if x.is_cuda else 0
     return F.pad(x, (0, n) if dim == 1 else (0, 0, 0, n))
-
-
-class KVCache:
-    """Keys and values of each Layer. The first `start` tokens are final, the caller counts them."""
-
-    def __init__(self):
-        self.start, self.kv = 0, {}
-
-    def extend(self, layer, k, v):
-        """Keys and values (2, B, nh, start + T, hs): those of the final tokens and of T others."""
-        kv = torch.stack([k, v])                                # (2, B, nh, T, hs)
-        if self.start > 0:
-            final = self.kv[layer][:, :, :, :self.start]
-            kv = torch.cat([final, kv], dim=3)
-        self.kv[layer] = kv
-        return kv
 
 
 # -----------------------------------------------------------------------------
@@ -197,7 +179,7 @@ class Teacher(nn.Module):
         h = self.hidden(x0)                                     # (B, T, C)
         if is_masked is not None:
             h = h[is_masked]                                    # (M, C)
-        # Logits rounded to bfloat16 would contradict the teacher that writes texts in float32.
+        # Logits rounded to bfloat16 would be too coarse: serial_extraction has them in float32.
         with torch.autocast(h.device.type, enabled=False):
             h = h.to(self.net.head.weight.dtype)
             return self.net.logits(h).log_softmax(dim=-1)
@@ -216,17 +198,15 @@ def teacher_loss(teacher, x0, *_):
 # -----------------------------------------------------------------------------
 # 3. Gumbel-Max labelling: token = argmax(logp + xi)                      (Theorem 4.1)
 def rng(*key, device="cpu"):
-    """A torch.Generator seeded by `key`, which says what its draws are for: (seed, "batch", 3)."""
+    """A torch.Generator seeded by `key`, which says what it is for, like (seed, "batch", step)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 
 def sample_exponential(shape, generator, dtype=torch.float32):
     """E = -log(1 - u) ~ Exp(1), never 0 or infinite, with u = (n + 1/2) / 2^31 from 31 random bits.
-
     Small E matter: there xi = -log E is large. u is precise near 0, so that xi reaches 22. With
-    torch.rand in float32 it ends at 16.6. torch's exponential_ takes longer on a CPU.
-    """
+    torch.rand in float32 it ends at 16.6. torch's exponential_ takes longer on a CPU."""
     bits = torch.empty(shape, dtype=torch.int32, device=generator.device)
     bits.random_(generator=generator)
     E = bits.to(dtype)              # in place from here: memory limits the speed of large noise
@@ -247,8 +227,8 @@ def posterior_gumbel(logp, x0, generator):
                                              xi[x0] = -log E0 - log p[x0]       for the winner
     This is the paper's formula with zeta = -log E, in a form that cannot overflow.
     Args:    logp (..., V) float, nats, normalised over V;  x0 (...) long in [0, V)
-    Returns: xi (..., V) of logp's dtype; argmax(logp + xi) == x0 (in float32 rounding breaks a
-             near-tie about once in 1e6 positions); xi is iid Gumbel(0,1) when x0 ~ p
+    Returns: xi (..., V) of logp's dtype; argmax(logp + xi) == x0 (float32 rounding picks another
+             token about once in 1e6 positions); xi is iid Gumbel(0,1) when x0 ~ p
     Raises:  ValueError if the shapes disagree
     Official code: utils.py get_posterior_gumbel.   Test: tests/test_gumbel.py
     """
@@ -267,8 +247,7 @@ def posterior_gumbel(logp, x0, generator):
 def serial_extraction(teacher, xi, xt=None):
     """Serial extraction: sample the teacher with recorded noise, x_i = argmax(logp_i + xi_i).
     Fresh xi (B, T, V) gives an exact sample x0 (B, T), tau * xi one at temperature tau. Known
-    tokens of xt (B, T) are kept; xt is V elsewhere. Takes T cached passes.
-    """
+    tokens of xt (B, T) are kept; xt is V elsewhere. Takes T cached passes."""
     B, T, V = xi.shape
     net = teacher.net
     cache = KVCache()
@@ -287,19 +266,18 @@ def serial_extraction(teacher, xi, xt=None):
 
 
 # -----------------------------------------------------------------------------
-# 4. Student: a masked diffusion model that is shown the noise
+# 4. Student: a masked diffusion model, with or without the noise
 DRAFT_TOKENS = 8                    # a draft mixes the embeddings of that many tokens
 
 
 class Student(nn.Module):
     """Masked diffusion model (MDLM, Sahoo et al. 2024). Its name says how it reads the noise:
-    mdlm          not at all
-    gumbel        the paper's noise injection: W softmax(xi) replaces the embedding of [MASK]
+    mdlm          not at all (in blocks its name is bd3lm)
+    gumbel        the paper's noise injection: softmax(xi) W replaces the embedding of [MASK]
     gumbel-draft  ours: at each quarter of the layers the student drafts the tokens that Gumbel-Max
                   would draw from its own logits; the layers above see them and make them agree
-    SUBS holds by construction: [MASK] is no output, and only masked positions get logits.
-    Official code: models/dit.py, with the noise in its vocab_embed.   Test: tests/test_models.py
-    """
+    As in MDLM (SUBS) [MASK] is never drawn and known tokens stay: only masked positions get logits.
+    Official code: models/dit_gumbel.py GumbelDIT.   Test: tests/test_models.py"""
 
     def __init__(self, cfg, name, vocab_size):
         super().__init__()
@@ -327,7 +305,6 @@ class Student(nn.Module):
         return self.logits(xt, xi, torch.arange(xt.size(1), device=xt.device))
 
     def logits(self, xt, xi, pos, mask=None, cache=None):
-        """The same with pos, mask and cache of Transformer.forward."""
         is_masked = xt == self.mask_id                          # (B, T), M of them True
         x = self.net.embed(xt)                                  # (B, T, C)
         add_drafts = None
@@ -340,14 +317,14 @@ class Student(nn.Module):
         return self.net.logits(h[is_masked])
 
     def add_drafts(self, h, is_masked, xi):
-        """Hidden states h (B, T, C) plus, where masked, a draft: E softmax(s (logits + xi)) over
-        the best tokens alone, with the student's own logits and the noise xi (M, V). It is a soft
-        form of the token argmax(logits + xi). The logits are those of a logit lens: the final norm
-        and the output layer read an inner layer."""
+        """Hidden states h (B, T, C) plus, where masked, a draft: softmax(s (logits + xi)) of the k
+        best tokens times their embeddings, with the student's own logits and the noise xi (M, V).
+        It is a soft form of the token argmax(logits + xi). The logits are those of a logit lens:
+        the final norm and the output layer read an inner layer."""
         net = self.net
         k = min(DRAFT_TOKENS, self.vocab_size)
         h_masked = net.norm(h[is_masked])                       # (M, C)
-        # all logits, without gradient, to choose; then those of the k best again, with it
+        # choose the k best by all logits; compute the logits of these k again, with gradient
         logits = F.linear(h_masked.detach(), aligned(net.head.weight.detach(), 0))
         score = logits[:, :self.vocab_size] + xi                # (M, V)
         best = score.topk(k, dim=-1).indices                    # (M, k)
@@ -356,6 +333,9 @@ class Student(nn.Module):
         weight = (self.scale * score).softmax(dim=-1)
         draft = torch.einsum("mk,mkc->mc", weight, F.embedding(best, net.embed.weight))
         return h + put(torch.zeros_like(h), is_masked, draft)
+
+    def needs_teacher(self, cfg):
+        return self.reads_noise or "teacher" in (cfg.init_from, cfg.labels)
 
     def possible_nfe(self, nfe):
         """nfe, but at most one function evaluation a token."""
@@ -373,7 +353,7 @@ def put(x, is_masked, embeddings):
 
 # -----------------------------------------------------------------------------
 # 5. Loss: masked diffusion with alpha_t = 1 - t, weight 1/t
-T_MIN = 1e-3                        # smallest time: the weight 1/t stays bounded
+T_MIN = 1e-3                        # smallest time, unless --t-min says another: 1/t stays bounded
 
 
 def stratified_times(u, t_min=T_MIN):
@@ -390,16 +370,15 @@ def q_sample(x0, t, mask_id, generator):
 
 def student_loss(student, teacher, x0, t, generator, xi=None):
     """- E [ 1/t sum over masked i of log p_theta(x0_i | xt, xi) ] / T, in nats per token.
-
     Without noise it is the MDLM objective or, in blocks, the BD3-LM objective: a bound on the
     negative log-likelihood (NELBO). With posterior noise it is no likelihood: the noise knows x0.
-    Args: teacher: of a student that reads posterior noise, drawn here; else None
+    Args: teacher: for a student that reads posterior noise, drawn here; else None
           x0 (B, T) long;  t (B, 1) in (0, 1], one time a text (one a block in section 7)
           generator of the mask and of the noise
           xi (B, T, V): recorded noise of x0 (serial extraction), in place of posterior noise
-    Official code: algo.py, the loss of MDLM and its Gumbel variant.   Test: tests/test_models.py
+    Official code: diffusion.py.   Test: tests/test_models.py
     """
-    # 1. mask each token of x0 with probability t. All that is V wide is computed for these only
+    # 1. mask each token of x0 with probability t. Logits and noise are computed for these only
     t = t.repeat_interleave(x0.size(1) // t.size(1), dim=1)     # (B, T)
     xt = q_sample(x0, t, student.mask_id, generator)
     is_masked = xt == student.mask_id                           # M of them True
@@ -408,12 +387,12 @@ def student_loss(student, teacher, x0, t, generator, xi=None):
         if xi is not None:
             xi = xi[is_masked]                                  # (M, V)
         if teacher is not None:
-            # 2. one pass of the teacher: how likely was every token at each masked position?
+            # 2. one pass of the teacher: log-probabilities of all tokens at masked positions
             logp = teacher(x0, is_masked)                       # (M, V)
-            # 3. the noise with which the teacher would have written x0
+            # 3. noise that makes the teacher write x0
             xi = posterior_gumbel(logp, target, generator)      # (M, V)
     # 4. the student sees the unmasked tokens, and the noise of the masked ones
-    logits = student(xt, xi, x0)                                # (M, V)
+    logits = student(xt, xi, x0)                                # (M, V); x0 is for section 7 only
     # 5. cross-entropy with the masked tokens, weighted by 1/t
     nll = student.net.nll(logits, target)                       # (M,)
     return (nll / t[is_masked]).sum() / x0.numel()
@@ -422,8 +401,8 @@ def student_loss(student, teacher, x0, t, generator, xi=None):
 # -----------------------------------------------------------------------------
 # 6. Sampling: the noise is drawn once and kept over all steps
 def sequence_noise(seed, index, seq_len, model):
-    """All draws of the texts number `index` (n,); they depend on (seed, number) alone. xi (n, T, V)
-    is the noise. u (n, 2, T) in [0, 1) says when a token is filled, and which one is drawn."""
+    """All draws of the texts number `index` (n,), whatever the batch. xi (n, T, V) is the noise.
+    u (n, 2, T) in [0, 1) says when a token is filled, and which one is drawn."""
     like = next(model.parameters())
     xi, u = [], []
     for i in index.tolist():
@@ -437,8 +416,7 @@ def fill_steps(is_masked, u, steps):
     """The step 1..steps that fills each masked token (B, T), from u (B, T) in [0, 1); elsewhere 0.
     As in MDLM's ancestral sampler a token is filled when time falls below its u. So a step from
     time t to s fills a masked token with probability (t - s) / t."""
-    step = (steps * (1 - u)).ceil().clamp(min=1)
-    return is_masked * step
+    return is_masked * (steps * (1 - u)).ceil()
 
 
 def draw_tokens(logits, u, temperature, top_p):
@@ -446,22 +424,21 @@ def draw_tokens(logits, u, temperature, top_p):
     if temperature == 0:
         return logits.argmax(dim=-1)
     p = (logits.double() / temperature).softmax(dim=-1)
-    if top_p < 1:  # nucleus: the likeliest tokens, up to and with the one that reaches top_p
+    if top_p < 1:  # nucleus: the likeliest tokens, up to and with the one that passes top_p
         likeliest, token = p.sort(dim=-1, descending=True)
         total_before = likeliest.cumsum(dim=-1) - likeliest
         likeliest = likeliest.masked_fill(total_before > top_p, 0.0)
         p = torch.zeros_like(p).scatter(-1, token, likeliest)
     cdf = p.cumsum(dim=-1)
     point = u[:, None] * cdf[:, -1:]                            # (M, 1)
-    return (cdf <= point).sum(dim=-1)
+    return (cdf <= point).sum(dim=-1)                           # so many tokens lie below it
 
 
 def denoise(predict, xt, xi, u, steps, tau=1.0, temperature=0.0, top_p=1.0, on_step=None):
     """Fill the masked tokens of xt (B, T), in place, in `steps` steps from time 1 to time 0.
     predict: the student, a function of xt and of the noise (M, V) of its masked tokens
     tau scales the noise xi (B, T, V); temperature and top_p: see draw_tokens
-    on_step is called with the text after each step that fills a token
-    """
+    on_step is called with the text after each step that fills a token"""
     mask_id = xi.size(-1)
     fill_step = fill_steps(xt == mask_id, u[:, 0], steps)       # (B, T)
     for k in range(1, steps + 1):                               # time falls to 1 - k / steps
@@ -471,7 +448,8 @@ def denoise(predict, xt, xi, u, steps, tau=1.0, temperature=0.0, top_p=1.0, on_s
         is_masked = xt == mask_id
         logits = predict(xt, tau * xi[is_masked])               # (M, V)
         tokens = draw_tokens(logits, u[:, 1][is_masked], temperature, top_p)    # (M,)
-        xt[is_filled] = tokens[is_filled[is_masked]]            # of the M, those filled now
+        drawn = xt.masked_scatter(is_masked, tokens)
+        xt[is_filled] = drawn[is_filled]
         if on_step:
             on_step(xt.clone())
 
@@ -480,7 +458,7 @@ def denoise(predict, xt, xi, u, steps, tau=1.0, temperature=0.0, top_p=1.0, on_s
 def sample(student, xi, u, nfe, xt=None, **settings):
     """Write texts (B, T) long in at most nfe calls of the student, from sequence_noise's draws.
     Known tokens of xt (B, T) are kept; xt is mask_id elsewhere. settings: those of denoise.
-    The official sampler has tau = 0.85, temperature 1 and top_p 0.9, and keeps one xi, too.
+    Official code: diffusion.py _ddpm_caching_sampler_w_gumbel, tau 0.85, temperature 1, top_p 0.9
     """
     text = open_text(xi, xt)
     denoise(student, text, xi, u, nfe, **settings)
@@ -496,7 +474,7 @@ def open_text(xi, xt):
 
 
 def sampling_batches(n, seq_len, vocab_size, batch_size=1000):
-    """Numbers 0..n-1 of texts, in batches whose noise (B, T, V) stays under 256 MiB."""
+    """Numbers 0..n-1 of texts, in batches of one text or of at most 256 MiB of noise (B, T, V)."""
     limit = max(1, 2**26 // (seq_len * vocab_size))
     return torch.arange(n).split(min(batch_size, limit))
 
@@ -504,7 +482,7 @@ def sampling_batches(n, seq_len, vocab_size, batch_size=1000):
 @torch.no_grad()
 def generate(model, n, seq_len, seed=0, known=None, batch_size=1000, progress=None, **settings):
     """n texts (n, T) long of a Student (settings as in `sample`) or of a Teacher (tau only).
-    Text i depends on (seed, i) alone. All keep the tokens of `known` (T,), which is V elsewhere."""
+    Text i depends on seed and i, not on n. All keep the tokens of `known` (T,), V elsewhere."""
     texts = []
     batches = sampling_batches(n, seq_len, model.vocab_size, batch_size)
     for index in tqdm(batches, desc=progress, disable=None if progress else True):
@@ -515,7 +493,23 @@ def generate(model, n, seq_len, seed=0, known=None, batch_size=1000, progress=No
 
 
 # -----------------------------------------------------------------------------
-# 7. Blocks: BD3-LM (Arriola et al. 2025). A first reader can skip this section
+# 7. Blocks: BD3-LM (Arriola et al. 2025). A first reader can go on to section 8
+class KVCache:
+    """Keys and values of each Layer. The first `start` tokens are final, the caller counts them."""
+
+    def __init__(self):
+        self.start, self.kv = 0, {}
+
+    def extend(self, layer, k, v):
+        """Keys and values (2, B, nh, start + T, hs): those of the final tokens and of T others."""
+        kv = torch.stack([k, v])                                # (2, B, nh, T, hs)
+        if self.start > 0:
+            final = self.kv[layer][:, :, :, :self.start]
+            kv = torch.cat([final, kv], dim=3)
+        self.kv[layer] = kv
+        return kv
+
+
 class BlockStudent(Student):
     """Autoregressive over blocks of block_size = L' tokens, masked diffusion in each. Without noise
     its name is bd3lm; with one block, L' = T, it is MDLM.   Test: tests/test_blocks.py"""
@@ -537,25 +531,24 @@ class BlockStudent(Student):
         return self.logits(both, xi, pos.repeat(2), mask)
 
     def possible_nfe(self, nfe):
-        """The largest number up to nfe that gives all blocks equal steps: at least 1, at most L'.
-        """
+        """nfe, rounded so that all blocks have equal steps, each from 1 to block_size."""
         n_blocks = self.seq_len // self.block_size
         steps = min(max(1, nfe // n_blocks), self.block_size)
         return steps * n_blocks
 
     @torch.no_grad()
     def write(self, xi, u, xt=None, *, nfe, on_step=None, **settings):
-        """As sample: texts (B, T) long, block after block, each in an equal share of nfe steps."""
+        """As sample, block after block, each in an equal share of nfe, at least one step."""
         T, L = self.seq_len, self.block_size
         text = open_text(xi, xt)
-        report = on_step and (lambda _: on_step(text.clone()))  # the whole text, not the block
+        on_block_step = on_step and (lambda _: on_step(text.clone()))      # sees the whole text
         cache = KVCache()
         predict = partial(self, cache=cache)
         steps = max(1, nfe * L // T)
         for start in range(0, T, L):
             block = slice(start, start + L)
             denoise(predict, text[:, block], xi[:, block], u[:, :, block], steps,
-                    on_step=report, **settings)
+                    on_step=on_block_step, **settings)          # fills this view of text
             if start + L < T:  # the block is final: read it once more, into the cache
                 predict(text[:, block])
                 cache.start += L
@@ -575,20 +568,13 @@ def block_mask(seq_len, block_size, device):
 
 
 def new_student(cfg, name, vocab_size):
-    """A Student or, with blocks shorter than a text, a BlockStudent."""
+    """A Student, or a BlockStudent where blocks are shorter than a text."""
     kind = BlockStudent if cfg.block_size < cfg.seq_len else Student
     return kind(cfg, name, vocab_size)
 
 
 # -----------------------------------------------------------------------------
 # 8. Training: one loop for teacher and student
-# What decides a trained model, beside its data
-SHAPE = ["seq_len", "n_layer", "n_head", "n_embd"]
-TEACHER_SETTINGS = SHAPE + ["dropout", "batch_size", "grad_accum", "max_steps", "lr", "warmup",
-                            "schedule", "ema", "seed"]
-STUDENT_SETTINGS = TEACHER_SETTINGS + ["block_size", "labels", "init_from", "t_min"]
-
-
 def load_model(path, device):
     """The Teacher or Student of a checkpoint, its Tokenizer, and what else the checkpoint holds."""
     saved = load_checkpoint(path)
@@ -604,7 +590,7 @@ def load_model(path, device):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up towards cfg.lr; the schedule "cosine" falls from step 0 to 0 at the end."""
+    """Linear warm-up to cfg.lr; the schedule "cosine" scales it by 1 at step 0 to 0 at the end."""
     rate = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
     if cfg.schedule == "cosine":
         rate *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.max_steps)
@@ -613,19 +599,17 @@ def learning_rate(cfg, step):
 
 def backward(model, loss_fn, data, cfg, step):
     """Gradients of one step's batch, whose pieces the processes share out; returns its loss."""
-    size = cfg.batch_size // cfg.grad_accum
-    n_blocks = cfg.seq_len // cfg.block_size
     loss = torch.zeros((), device=cfg.device)
     for piece in range(RANK, cfg.grad_accum, WORLD):
-        # texts and times are drawn on the CPU: the same on every device
+        # texts and times are drawn on the CPU, the large masks and noise where they are used
         g = rng(cfg.seed, "batch", step, piece)
-        index = torch.randint(data.n_train, (size,), generator=g)
-        x0 = data.rows(index).to(cfg.device, non_blocking=True) # (b, T)
-        t = stratified_times(torch.rand(size, n_blocks, generator=g), cfg.t_min)
+        index = torch.randint(data.n_train, (cfg.piece_size,), generator=g)
+        x0 = data.rows(index).to(cfg.device, non_blocking=True)            # (b, T)
+        t = stratified_times(torch.rand(cfg.piece_size, cfg.n_blocks, generator=g), cfg.t_min)
         t = t.to(cfg.device, non_blocking=True)
-        # masks and noise are large: they are drawn where they are used
         g = rng(cfg.seed, "loss", step, piece, device=cfg.device)
-        torch.manual_seed(g.initial_seed())                     # for dropout
+        if cfg.dropout > 0:  # its numbers come from the generator of the process
+            torch.manual_seed(g.initial_seed())
         with torch.autocast(cfg.device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             piece_loss = loss_fn(model, x0, t, g, index) / cfg.grad_accum
         piece_loss.backward()                                   # adds to the gradients
@@ -637,8 +621,8 @@ def backward(model, loss_fn, data, cfg, step):
 
 
 def compile_layers(model):
-    """torch.compile each layer and the loss, but nothing of a model of transformers. The rest
-    changes its shape with the number of masked tokens, in every step."""
+    """torch.compile each layer and, for any number of masked tokens, the loss. A model of
+    transformers stays as it is."""
     if isinstance(model.net, Transformer):
         for layer in model.net.layers:
             layer.compile()
@@ -646,17 +630,12 @@ def compile_layers(model):
     return model
 
 
-LOG_LINE = ("{model:12} step {step:6d} | loss {loss:.4f} | val {val:.4f} nats/token | "
-            "lr {lr:.1e} | grad {grad:.2f} | {tok_s:,.0f} tok/s | {left:.0f} s left")
-
-
 def train(model, loss_fn, data, cfg, names, **settings):
     """Train a Teacher or Student, or go on from its checkpoint, bit for bit on a CPU.
     All draws are keyed by (seed, step, piece). So the step is all there is to save of the random
-    state, and N processes take the same steps as one. loss_fn(model, x0, t, generator, index) is
-    the loss of the sequences number `index` (b,). A checkpoint is used only if its settings are
-    equal: those of cfg with these `names`, and `settings`. Returns the averaged weights, a model.
-    """
+    state, and N processes take the steps of one, up to rounding. loss_fn(model, x0, t, generator,
+    index) is the loss of the sequences number `index` (b,). A checkpoint of other settings (those
+    of cfg with these `names`, and `settings`) is refused. Returns the averaged weights, a model."""
     settings.update({name: getattr(cfg, name) for name in names}, data=data.fingerprint,
                     tokens=data.tokenizer.fingerprint)
     path = f"{cfg.out_dir}/{model.name}.pt"
@@ -674,7 +653,8 @@ def train(model, loss_fn, data, cfg, names, **settings):
           f"{math.log(model.vocab_size):.2f} | from step {step}/{cfg.max_steps}", flush=True)
 
     start, first_step, losses = time.time(), step, []
-    bar = tqdm(total=cfg.max_steps, initial=step, desc=model.name, disable=RANK > 0 or None)
+    is_silent = True if RANK > 0 else None                      # None: where there is no terminal
+    bar = tqdm(total=cfg.max_steps, initial=step, desc=model.name, disable=is_silent)
     while step < cfg.max_steps and not STOP.is_set():
         losses.append(backward(model, loss_fn, data, cfg, step))
         # a rare batch with a huge gradient must not undo what was learned
@@ -691,7 +671,6 @@ def train(model, loss_fn, data, cfg, names, **settings):
         if step % cfg.eval_every and step < cfg.max_steps:
             continue
         if RANK > 0:  # process 0 validates, logs and saves for all
-            losses = []
             continue
 
         seconds = time.time() - start
@@ -702,12 +681,10 @@ def train(model, loss_fn, data, cfg, names, **settings):
         row["tok_s"] = (step - first_step) * cfg.batch_size * cfg.seq_len / seconds
         row["left"] = (cfg.max_steps - step) * seconds / (step - first_step)
         with bar.external_write_mode():                         # the bar makes room for the line
-            print(LOG_LINE.format(**row), flush=True)
+            report(row, cfg.out_dir)
         if not math.isfinite(row["loss"] + row["val"]):
             raise UserError(f"{model.name}: no finite loss at step {step}; the last checkpoint, if "
                             f"any, stands. Try a lower --lr (now {cfg.lr:g}) or a longer --warmup")
-        with open(f"{cfg.out_dir}/log.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
         save_checkpoint(path, parts, name=model.name, step=step, settings=settings,
                         config=vars(cfg), tokenizer=data.tokenizer.state)
     bar.close()
@@ -720,13 +697,11 @@ def train(model, loss_fn, data, cfg, names, **settings):
 @torch.no_grad()
 def validation_loss(model, loss_fn, data, cfg):
     """Mean loss on fixed rows, times, masks and noise: NLL, NELBO or, with noise, no likelihood.
-    Its times lie in [T_MIN, 1], whatever --t-min says: else it would be no bound."""
-    size = cfg.batch_size // cfg.grad_accum
-    n_blocks = cfg.seq_len // cfg.block_size
+    Its times lie in [T_MIN, 1] whatever --t-min says, so that such runs compare."""
     x0 = data.val_rows(8 * cfg.batch_size).to(cfg.device)
-    t = stratified_times(torch.full((len(x0), n_blocks), 0.5, device=cfg.device))
+    t = stratified_times(torch.full((len(x0), cfg.n_blocks), 0.5, device=cfg.device))
     total = 0.0
-    for i, (rows, times) in enumerate(zip(x0.split(size), t.split(size))):
+    for i, (rows, times) in enumerate(zip(x0.split(cfg.piece_size), t.split(cfg.piece_size))):
         g = rng("validation", i, device=cfg.device)
         total += len(rows) * loss_fn(model, rows, times, g).item()
     return total / len(x0)
@@ -753,8 +728,8 @@ def load_teacher(path, tokenizer, cfg):
 
 
 def teacher_data(teacher, data, cfg):
-    """The teacher's own texts as training data: serial extraction, for mdlm sequence-level KD.
-    Text i is written from sequence_noise((seed, "labels"), i). So only a seed is kept."""
+    """The teacher's own texts as training data, by serial extraction from noise that only a seed
+    tells. For mdlm it is sequence-level distillation (KD)."""
     n = min(len(data.train) // cfg.seq_len, cfg.max_steps * cfg.batch_size)
     x = generate(teacher, n, cfg.seq_len, (cfg.seed, "labels"), progress="serial extraction")
     tokens = x.cpu().numpy().astype(np.uint16).ravel()
@@ -762,7 +737,7 @@ def teacher_data(teacher, data, cfg):
 
 
 def start_weights(student, cfg, data):
-    """The student's weights: from the start that --init-from names; what it lacks stays new."""
+    """First weights: those of the start that --init-from names; what it lacks stays new."""
     own = student.state_dict()
     if cfg.init_from == "scratch":
         return own
@@ -786,9 +761,9 @@ def get_student(name, cfg, teacher, data):
 
 
 def train_student(student, cfg, teacher, data, loss=student_loss):
-    """The same of a Student at hand. teacher: None where it needs none;  loss: as student_loss."""
+    """Train a Student. teacher: None where it needs none;  loss: a function as student_loss"""
     labeller = teacher
-    if cfg.compile and teacher:  # a copy: the sampler's many lengths would each be compiled
+    if cfg.compile and teacher:  # a copy, or the sampler would compile for each cache's length
         labeller = compile_layers(copy.deepcopy(teacher))
 
     def loss_fn(model, x0, t, generator, index=None):
@@ -799,8 +774,8 @@ def train_student(student, cfg, teacher, data, loss=student_loss):
         return loss(model, labeller if model.reads_noise else None, x0, t, generator)
 
     student.load_state_dict(start_weights(student, cfg, data))
-    return train(student, loss_fn, data, cfg, STUDENT_SETTINGS,
-                 teacher=teacher and weights_id(teacher))
+    teacher_id = weights_id(teacher) if student.needs_teacher(cfg) else None
+    return train(student, loss_fn, data, cfg, STUDENT_SETTINGS, teacher=teacher_id)
 
 
 # -----------------------------------------------------------------------------
@@ -809,8 +784,7 @@ def train_student(student, cfg, teacher, data, loss=student_loss):
 def compare_with_teacher(x, teacher_text, teacher):
     """How near texts x (N, T) are to the teacher, whose texts from the same noise are teacher_text.
     teacher_nll             -log p of x under the teacher, nats per token
-    agree_token, agree_seq  share of tokens, of whole texts, equal to teacher_text
-    """
+    agree_token, agree_seq  share of tokens, of whole texts, equal to teacher_text"""
     nll = 0.0
     for index in sampling_batches(len(x), x.size(1), teacher.vocab_size):
         rows = x[index]                                         # (B, T)
@@ -821,8 +795,8 @@ def compare_with_teacher(x, teacher_text, teacher):
 
 
 def sampler_settings(student, cfg):
-    """All combinations of nfe, tau and temperature, as keyword arguments of write. More calls than
-    tokens are cut to as many; without noise there is one tau."""
+    """All combinations of nfe, tau and temperature, as keyword arguments of write. nfe is made
+    possible; without noise there is one tau."""
     nfes = dict.fromkeys(student.possible_nfe(nfe) for nfe in cfg.nfe)
     taus = cfg.tau if student.reads_noise else [1.0]
     for tau, temperature, nfe in itertools.product(taus, cfg.temperature, nfes):
@@ -864,13 +838,12 @@ def prepare(cfg):
 
 
 def train_all(cfg, data):
-    """The teacher, and a list of the students; those that need no teacher are trained beside it."""
+    """The teacher, and a list of the students; those that need no teacher do not wait for it."""
     early, late = [], []
     for name in cfg.students:
         torch.manual_seed(cfg.seed)
         student = new_student(cfg, name, data.tokenizer.vocab_size)
-        is_late = student.reads_noise or "teacher" in (cfg.init_from, cfg.labels)
-        (late if is_late else early).append(student)
+        (late if student.needs_teacher(cfg) else early).append(student)
     jobs = [partial(train_student, student, cfg, None, data) for student in early]
     teacher, *early = side_by_side([partial(get_teacher, cfg, data), *jobs], cfg)
     texts = teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
@@ -888,15 +861,13 @@ def run(cfg):
     print_table(rows)
     with open(f"{cfg.out_dir}/results.json", "w") as f:
         json.dump(rows, f, indent=1)
-    print(f"All this is in {cfg.out_dir}; see texts with: python sample.py")
+    for student in students:
+        how = dict(nfe=student.possible_nfe(3), temperature=float(not student.reads_noise))
+        x = generate(student, 3, cfg.seq_len, cfg.seed, **how)
+        print(f"\n{student.name} writes, in {how['nfe']} steps:")
+        print(show_all(x, cfg.dataset, data.tokenizer))
+    print(f"\nAll this is in {cfg.out_dir}; see more texts with: python sample.py")
     return rows
-
-
-EXAMPLES = """
-python gumbel_distill.py                                        the maze, in minutes
-python gumbel_distill.py --dataset cities --students gumbel --nfe 1 4
-python gumbel_distill.py --dataset text --train-files 'texts/*.txt' --out-dir out/mine
-"""
 
 
 def main():

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from config import Config, Parser, UserError, add_flags, resolve, run_cli, weights_id
-from data import MAZE, draw_maze, show
+from data import MAZE_WIDTH, draw_maze, maze_paths, show
 from gumbel_distill import generate, load_model, load_teacher, open_text, sampler_settings
 from gumbel_distill import sampling_batches, sequence_noise, serial_extraction
 
@@ -273,7 +273,7 @@ def panels(shown, names, tokenizer, is_maze, is_colour):
     for name, (number, frame, before) in zip(names, shown):
         block = [f"{name}, step {number}"]
         if is_maze:
-            block += draw_maze(frame[frame != tokenizer.vocab_size]).split("\n")
+            block += draw_maze(frame).split("\n")
         else:
             colour = {"new": "\033[32m{}\033[0m"} if is_colour else {}
             for line in lines_of(frame, before, tokenizer):
@@ -281,7 +281,7 @@ def panels(shown, names, tokenizer, is_maze, is_colour):
             block.append("")
         blocks.append(block)
     if is_maze:
-        return ["   ".join(line.ljust(len(MAZE[0])) for line in row) for row in zip(*blocks)]
+        return ["   ".join(line.ljust(MAZE_WIDTH) for line in row) for row in zip(*blocks)]
     return sum(blocks, [])
 
 
@@ -293,7 +293,7 @@ def play(films, names, tokenizer, is_maze, pause=0.8):
     n_lines = 0                                                 # of the frame on the screen
     for shown in frames(films):
         lines = panels(shown, names, tokenizer, is_maze, is_terminal)
-        width = len(names) * (len(MAZE[0]) + 3) if is_maze else WIDTH
+        width = len(names) * (MAZE_WIDTH + 3) if is_maze else WIDTH
         fits = len(lines) < rows and width <= columns
         if n_lines:
             time.sleep(pause)
@@ -333,7 +333,14 @@ def checked_prompt(args, models, tokenizer, cfg):
     # how many tokens each model sees at once; a teacher goes token by token
     sizes = [getattr(model, "block_size", 1) for model in models]
     is_drafter = models[0].name != "teacher" and sizes[0] == cfg.seq_len
+    lost = None                                                 # a cell that no path has there
+    if cfg.dataset == "maze":
+        cells = [set(at_place) | {tokenizer.vocab_size} for at_place in zip(*maze_paths())]
+        lost = next((i for i, cell in enumerate(known.tolist()) if cell not in cells[i]), None)
     for is_wrong, message in [
+            (lost is not None, f"--prompt {args.prompt!r}: no path has its cell number "
+             f"{(lost or 0) + 1} there. A path is ten moves from a1 to f6; a1, the start, is no "
+             "token, so begin with a2 or b1, and write _ for a gap"),
             (len(models) > 1 and not args.animate,
              "--ckpt: give one checkpoint without --animate; judge.py compares several"),
             (args.animate and (is_verified or args.out),

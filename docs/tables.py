@@ -41,7 +41,7 @@ TABLES = {  # settings that all runs of a table share; lists of those that diffe
     "stories": (STORIES, [
         dict(init_from=STARTS, max_steps=[500], seed=[0, 1, 2]),
         dict(init_from=STARTS, max_steps=[2000], seed=[0])]),
-    "letters": (dict(STORIES, dataset="text"), [
+    "letters": (dict(STORIES, dataset="text", nfe=[1, 4, 16]), [
         dict(init_from=STARTS, max_steps=[500], seed=[0, 1, 2]),
         dict(init_from=STARTS, max_steps=[2000], seed=[0])]),
     "lengths": (dict(STORIES, max_steps=1000, nfe=[1, 2, 4, 8]), [
@@ -228,8 +228,8 @@ def mean_rows(curves, entropy, **about):
 
 
 def show(name, args):
-    """Print, for each setting and number of steps, all students at one entropy: that of real text
-    or, where some student does not reach it, the highest that all reach."""
+    """Print, for each setting and number of steps, all students at one entropy: that of real text,
+    or --entropy, or the highest that all reach, where that is less."""
     rows = read_rows(f"{args.out_dir}/{name}.jsonl")
     real = {(row["seq_len"]): row for row in rows if row["student"] == "real text"}
     for row in rows:
@@ -252,12 +252,13 @@ def show(name, args):
         entropy = min(max(row["entropy"] for row in curve) for curve in every)
         length = dict(labels).get("seq_len", next(iter(real), None))
         if length in real:
-            entropy = min(entropy, real[length]["entropy"])
+            entropy = min(entropy, args.entropy or real[length]["entropy"])
         print(f"\n{', '.join(f'{key} {value}' for key, value in labels)}, {nfe} steps")
         lines = [mean_rows(of_one, entropy, student=student, nfe=nfe)
                  for student, of_one in curves.items()
                  if all(at_entropy(curve, entropy) for curve in of_one)]
-        print_table(lines, SHOWN)
+        if lines:
+            print_table(lines, SHOWN)
 
 
 def main():
@@ -269,6 +270,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="students at once")
     parser.add_argument("-n", type=int, default=500, help="texts of each row")
     parser.add_argument("--max-steps", type=int, help="fewer steps for all, to try the program")
+    parser.add_argument("--entropy", type=float, help="with --show: compare at this entropy, in "
+                        "place of that of real text")
     parser.add_argument("--show", action="store_true", help="print the tables of what is there")
     args = parser.parse_args()
     if not args.show:

@@ -50,12 +50,37 @@ def test_maze_judge_tells_valid_from_invalid_and_measures_spread():
     assert maze.judge(one)["valid"] == 0 and maze.judge(one)["tv"] == 1
 
 
-def test_maze_drawing_marks_the_path():
+def cells_of(drawn):
+    """The lines of a drawing without the numbers and letters beside it, and its last line."""
+    lines = drawn.split("\n")
+    return [line[2:] for line in lines[1:-1]], lines[-1].strip()
+
+
+def test_maze_drawing_marks_the_path_and_says_that_it_is_valid():
     path = data.maze_paths()[0]
-    drawn = data.draw_maze(path)
-    lines, cells = drawn.split("\n"), [divmod(cell, data.MAZE_SIZE) for cell in [0, *path]]
+    lines, verdict = cells_of(data.draw_maze(path))
+    cells = [divmod(cell, data.MAZE_SIZE) for cell in [0, *path]]
     assert all(lines[2 * row + 1][4 * col + 2] == "o" for row, col in cells)
-    assert drawn.count("o") == 11 and drawn.replace("o", " ") == "\n".join(data.MAZE)
+    assert "\n".join(lines).count("o") == 11 and verdict == "valid"
+    assert "\n".join(lines).replace("o", " ") == "\n".join(data.MAZE)
+
+
+@pytest.mark.parametrize("place", [0, 4, 9])
+def test_the_first_move_that_no_path_makes_is_named_and_marked(place):
+    path = list(data.maze_paths()[0])
+    path[place] = 30 if path[place] != 30 else 31               # far from its neighbours
+    assert data.broken_move(path) == place + 1
+    lines, verdict = cells_of(data.draw_maze(path))
+    row, col = divmod(path[place], data.MAZE_SIZE)
+    assert lines[2 * row + 1][4 * col + 2] == "x" and verdict == f"broken at move {place + 1}"
+
+
+def test_every_shortest_path_is_whole_and_masked_cells_are_not_judged():
+    for path in data.maze_paths():
+        assert data.broken_move(path) is None
+        masked = [*path[:3], data.MAZE_SIZE**2, *path[4:]]
+        assert data.broken_move(masked) is None
+        assert cells_of(data.draw_maze(masked))[1] == "open"
 
 
 def test_a_whole_path_is_shown_as_a_drawing_and_other_text_without_what_fills_it_up():
