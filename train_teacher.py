@@ -6,14 +6,13 @@
 gumbel_distill.py with the same settings finds it there, and trains students only.
 """
 
-
 from config import RANK, Config, Parser, add_flags, run_cli
 from data import show, token_entropy
 from gumbel_distill import generate, get_teacher, prepare
 
-FIELDS = ("dataset train_files val_files tokenizer max_tokens seq_len n_layer n_head n_embd dropout "
-         "batch_size grad_accum max_steps lr warmup schedule ema eval_every n_samples seed device "
-         "dtype compile out_dir").split()
+FIELDS = ("dataset train_files val_files tokenizer max_tokens seq_len n_layer n_head n_embd "
+          "dropout batch_size grad_accum max_steps lr warmup schedule ema eval_every n_samples "
+          "seed device dtype compile out_dir").split()
 
 
 def main():

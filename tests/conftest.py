@@ -18,6 +18,7 @@ import data  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
 
 CPU = dict(device="cpu", dtype="float32", compile=False)
+CACHE = data.CACHE                      # as the programs have it
 LETTERS = gd.Tokenizer(list("abcdefg"))
 
 

@@ -15,7 +15,7 @@ import data
 import gumbel_distill as gd
 import judge
 import sample
-from conftest import ROOT
+from conftest import CACHE, ROOT
 from test_cli import TINY, TO_BE, assert_refused
 
 STORIES = ["Once upon a time there was a cat.", "One day a dog came home."]
@@ -70,13 +70,12 @@ def most_memory(call):
     return most, answer
 
 
-@pytest.mark.parametrize("line_end", ["\n", " "])
-def test_memory_does_not_grow_with_a_text_file(line_end, tmp_path, monkeypatch):
-    """Neither for its letters nor for its tokens; with line ends or without any."""
+def test_memory_does_not_grow_with_a_text_file(tmp_path, monkeypatch):
+    """Neither for its letters nor for its tokens; without any line end."""
     monkeypatch.setattr(data, "PIECE", 2**8)
     needs = []
     for n in (250_000, 750_000):                               # more than a fingerprint reads
-        (tmp_path / "a.txt").write_text(("word" + line_end) * n)
+        (tmp_path / "a.txt").write_text("word " * n)
         needs.append(most_memory(lambda: load(tmp_path / "a.txt"))[0])
     assert needs[1] < needs[0] + 2e5, needs                     # the text grew by 2.5e6
 
@@ -204,36 +203,22 @@ def test_a_name_that_is_also_a_pattern_names_its_file(tmp_path):
 
 # -----------------------------------------------------------------------------
 # The program's own files
-def run_at(folder, *args, script="gumbel_distill.py", **env):
-    """The program as a process of its own, in a folder."""
-    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=folder, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-
-
-TWICE = """
-import data, gumbel_distill as gd
-for pattern in ("data/*", "*", "**/*.txt", "**/*"):
-    for _ in range(2):
-        cfg = gd.resolve(gd.Config(dataset="text", seq_len=8, train_files=pattern))
-        print(len(data.load_data(cfg).train))
-"""
-
-
-def test_the_own_cache_is_no_text(tmp_path):
+def test_the_own_cache_is_no_text(tmp_path, monkeypatch):
     """The second run would find the files that the first one left."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "CACHE", CACHE)
     for name in ("data/a.txt", "b.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TO_BE)
-    done = subprocess.run([sys.executable, "-c", TWICE], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.stdout.split() == ["685"] * 4 + ["1370"] * 4, done.stderr
+    for pattern, n in (("data/*", 685), ("*", 685), ("**/*.txt", 1370), ("**/*", 1370)):
+        assert len(load(pattern).train) == len(load(pattern).train) == n
 
 
-def test_a_cache_folder_that_cannot_be_written_is_not_needed_for_files(tmp_path):
+def test_text_on_disk_needs_no_library_of_the_hub(tmp_path, monkeypatch):
+    """Nor the folder that it would write to."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.txt").write_text(TO_BE)
-    done = run_at(tmp_path, *TINY, "--dataset", "text", "--seq-len", 8, "--students", "mdlm",
-                  "--train-files", "a.txt", HF_HOME="/proc/none")
-    assert done.returncode == 0, done.stderr                    # text on disk needs no such folder
+    assert read(load(tmp_path / "a.txt")) == TO_BE + "\n"
 
 
 def refuse(*args, **settings):
@@ -283,18 +268,17 @@ def test_a_model_that_is_not_a_number_is_not_kept(cli, tmp_path):
     assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize("world", ["2", "many"])
-def test_a_cluster_that_is_no_torchrun_is_told_so(world, tmp_path):
-    done = run_at(tmp_path, *MAZE, "--grad-accum", 2, WORLD_SIZE=world)
-    assert_refused((done.returncode, "", done.stderr), "WORLD_SIZE", world, "torchrun")
+def test_a_cluster_that_is_no_torchrun_is_told_so(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(cli(gd.main, *MAZE, "--out-dir", tmp_path), "WORLD_SIZE", "2", "torchrun")
 
 
 def test_writing_knows_nothing_of_a_cluster(cli, tmp_path):
     assert cli(gd.main, *MAZE, "--out-dir", tmp_path)[0] == 0
-    for env in (dict(WORLD_SIZE="many", RANK="1"),
-                dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1")):
-        done = run_at(tmp_path, "--ckpt", "mdlm.pt", "-n", 1, script="sample.py", **env)
-        assert done.returncode == 0 and not done.stderr, done.stderr
+    env = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="many", MASTER_ADDR="x", MASTER_PORT="1")
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", "mdlm.pt", "-n", "1"],
+                          cwd=tmp_path, text=True, capture_output=True, env={**os.environ, **env})
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def interrupted(main, monkeypatch, name, after):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -101,7 +102,8 @@ def test_a_text_is_shown_as_it_unmasks(maze_run, cli, tmp_path):
     assert status == 0 and n == said.count("/gumbel, step") and 2 <= n <= 4, err
     assert [said.count(f", step {k}") for k in range(n)] == [2] * n
     frames = said.split("/mdlm, step ")[1:]
-    cells = [frame.count("o") for frame in frames]              # the start, b1 and e1 of both
+    # the start, b1 and e1 of both
+    cells = [len(re.findall(" [ox] ", frame)) for frame in frames]
     assert cells[0] == 6 and cells == sorted(cells) and 20 <= cells[-1] <= 22
 
 
@@ -212,7 +214,7 @@ def test_exact_mode_says_that_it_shows_four_texts(maze_run, cli):
     for n, is_said in ((4, False), (5, True)):
         _, said, _ = cli(sample.main, "--ckpt", folder / "gumbel.pt", "--exact", "-n", n)
         assert ("the first 4 of 5 texts" in said) == is_said
-        assert said.count("+---+---+---+---+---+---+\n|") == 4
+        assert said.count("\n1 |") == 4                         # drawings
 
 
 def test_a_reader_that_has_enough_ends_it_without_an_error(maze_run):

@@ -49,7 +49,7 @@ def test_a_step_from_t_to_s_fills_a_masked_token_with_probability_t_minus_s_over
     """Whatever u is, 0 too, a masked token has a step from 1 to `steps`; a known one has none."""
     is_masked = torch.rand(4, 50_000, generator=gd.rng(1)) < 0.7
     u = torch.rand(4, 50_000, generator=gd.rng(2), dtype=torch.float64)
-    u[:, :2] = torch.tensor([0.0, 1 - 2**-53])
+    u[:, :2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     for steps in (1, 3, 8):
         step = gd.fill_steps(is_masked, u, steps)
         assert (step[~is_masked] == 0).all() and step[is_masked].min() == 1

@@ -3,7 +3,6 @@
 import errno
 import json
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -15,7 +14,6 @@ import torch
 import data
 import gumbel_distill as gd
 import sample
-from conftest import ROOT
 
 LM1B = ["She 's sure , quite .", "Prices rose 5 % ."]
 CLEAN = ["She's sure, quite.", "Prices rose 5%."]
@@ -238,16 +236,6 @@ def test_a_corrupt_file_is_named_with_its_row(ending, content, row, tmp_path, ca
     assert not half_written(cache)
 
 
-def test_a_corrupt_file_is_one_line_on_the_terminal(tmp_path):
-    """What the libraries log of their own is not in the way."""
-    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "cut of')
-    done = subprocess.run([sys.executable, ROOT / "gumbel_distill.py", "--dataset", "text",
-                           "--train-files", "bad.jsonl"], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert done.returncode == 1 and "bad.jsonl" in done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
-
-
 def test_parquet_without_text_is_refused(tmp_path, cache):
     import pyarrow
     import pyarrow.parquet
@@ -314,28 +302,6 @@ def test_the_hub_is_read_as_a_stream(cache, tmp_path, monkeypatch, real_data):
     assert len(lm1b.train) == 100 and lm1b.tokenizer.decode(lm1b.train).startswith(CLEAN[0])
     load(dataset="lm1b", max_tokens=100)
     assert len(calls) == 2                                      # now from the cache
-
-
-MEMORY = """
-import resource, sys
-import data
-import gumbel_distill as gd
-data.CACHE = sys.argv[1]
-for files in sys.argv[2:]:
-    text = gd.load_data(gd.resolve(gd.Config(dataset="lm1b", train_files=files)))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(len(text.train) + len(text.val), most)
-"""
-
-
-def test_memory_of_tokenising_does_not_grow_with_the_corpus(tmp_path, real_data):
-    """What one file needs is enough for seven."""
-    out = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path), str(real_data / "lm1b" / "*-00004-of-*"),
-         str(real_data / "lm1b" / "*-0000[0-6]-of-*")],
-        capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
-    assert int(out[2]) > 5 * int(out[0])
-    assert float(out[3]) < float(out[1]) + 20, out              # MB
 
 
 def test_lm1b_end_to_end_with_a_small_model(cli, tmp_path, cache, real_data):
