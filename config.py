@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -245,7 +246,16 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line with the cure."""
 
     def error(self, message):
-        raise UserError(message.removeprefix("argument "))
+        wrong = re.search(r"invalid .*?'(.*?)'(?: \(choose from (.*)\))?", message)
+        cure = ""
+        if wrong and "," in wrong[1]:
+            cure = f"; separate by spaces: {wrong[1].replace(',', ' ')}"
+        elif wrong and wrong[2]:
+            choices = re.findall(r"[\w-]+", wrong[2])
+            near = [name for name in choices if wrong[1] in name]
+            near = near or difflib.get_close_matches(wrong[1], choices, 1, 0.5)
+            cure = "".join(f"; did you mean {name}?" for name in near[:1])
+        raise UserError(message.removeprefix("argument ") + cure)
 
     def parse_args(self, args=None, namespace=None):
         given, others = self.parse_known_args(args, namespace)

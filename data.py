@@ -373,8 +373,9 @@ def detokenize(text):
     return text
 
 
-# Files with one document a row, by their endings, also with .gz behind; all else is plain text.
-ROWS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+# The formats of files by their endings, also with .gz behind. Others are refused.
+FORMATS = {None: "text", ".txt": "text", ".text": "text", ".md": "text", ".jsonl": "json",
+           ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
 
 # What ends a document within a text, with the line ends around it. At the end of what is read so
 # far it waits: a line end may follow.
@@ -388,10 +389,11 @@ def cause(error):
 
 
 def file_format(path):
-    """Format of a file, "json", "parquet" or "text", and the function that opens it."""
+    """Format of a file, "json", "parquet", "text" or None, and the function that opens it."""
     name = path.lower().removesuffix(".gz")
     is_packed = len(name) < len(path)
-    return ROWS.get(os.path.splitext(name)[1], "text"), gzip.open if is_packed else open
+    ending = re.search(r"\.[a-z]\w*$", name)                    # news.en-00001-of-00100 has none
+    return FORMATS.get(ending and ending[0]), gzip.open if is_packed else open
 
 
 def read_rows(source, by_line):
@@ -515,6 +517,10 @@ def find_files(flag, pattern):
     if not paths:
         raise UserError(f"{flag} {pattern}: no file matches; check the path, and quote a glob like "
                         "'texts/*.txt' (of a folder take 'folder/*')")
+    unknown = [path for path in paths if file_format(path)[0] is None]
+    if unknown:
+        raise UserError(f"{flag} {unknown[0]}: no known ending; text ends in .txt, .md or nothing, "
+                        "other files in .jsonl, .json or .parquet, packed ones in .gz after it")
     return paths
 
 

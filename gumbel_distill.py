@@ -729,7 +729,7 @@ def load_teacher(path, tokenizer, cfg):
 
 def teacher_data(teacher, data, cfg):
     """The teacher's own texts as training data, by serial extraction from noise that only a seed
-    tells. For mdlm it is sequence-level distillation (KD)."""
+    tells. For mdlm it is sequence-level KD (knowledge distillation)."""
     n = min(len(data.train) // cfg.seq_len, cfg.max_steps * cfg.batch_size)
     x = generate(teacher, n, cfg.seq_len, (cfg.seed, "labels"), progress="serial extraction")
     tokens = x.cpu().numpy().astype(np.uint16).ravel()

@@ -386,6 +386,8 @@ def write(args, model, tokenizer, saved, cfg, known):
 
 
 def main():
+    if "--eval" in sys.argv:
+        raise UserError("--eval: judge.py does this now, with the same flags: python judge.py")
     args = parse()
     names, models, tokenizer, saved, cfg = load_models(args)
     known = checked_prompt(args, models, tokenizer, cfg)
