@@ -341,3 +341,18 @@ def test_a_terminal_that_lacks_a_letter_shows_another(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stdout.split() == [b"na?ve", b"?"], done.stderr
+
+
+@pytest.mark.parametrize("name", ["a.docx", "a.jsonl.zst", "a.CSV"])
+def test_an_ending_that_is_not_known_is_refused_by_name(name, tmp_path, cli):
+    (tmp_path / name).write_text(TO_BE)
+    status, _, err = cli(gd.main, "--dataset", "text", "--train-files", tmp_path / name)
+    assert status == 1 and name in err and ".jsonl" in err
+
+
+@pytest.mark.parametrize("words, near", [
+    (["--dataset", "maz"], "maze"), (["--students", "draft"], "gumbel-draft"),
+    (["--nfe", "1,3,10"], "1 3 10"), (["--batchsize", "8"], "--batch-size")])
+def test_a_slip_is_answered_with_what_was_meant(words, near, cli):
+    status, _, err = cli(gd.main, *words)
+    assert status == 1 and near in err.split(";")[-1]
