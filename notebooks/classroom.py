@@ -73,7 +73,7 @@ def where(name):
 
 def size(n):
     """The number of samples: n, or a few in the tests."""
-    return min(n, 60) if os.environ.get("GD_SMALL") else n
+    return min(n, 30) if os.environ.get("GD_SMALL") else n
 
 
 def load_models(*names, folder=MODELS):
@@ -263,7 +263,8 @@ def hand_out(folder):
         write_chapter(book, folder / path.name)
     project = folder / "project"
     shutil.copytree(MODELS, project / "notebooks" / "models")
-    for path in [*NOTEBOOKS.glob("*.py"), *ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+    to_install = [ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"]
+    for path in [*NOTEBOOKS.glob("*.py"), *ROOT.glob("*.py"), *to_install]:
         shutil.copy(path, project / path.relative_to(ROOT))
     return folder
 

@@ -146,17 +146,17 @@ def draw_letters(rows, names, right, tokenizer):
 
 
 def draw_frontiers(rows, real):
-    """NLL against entropy; a panel for each number of steps, a curve for each student. real: the
-    row of real text."""
+    """NLL against entropy; a panel for each number of steps, a curve for each student. A dotted
+    line is the entropy in `real`, the row of real text."""
     steps = sorted({row["nfe"] for row in rows})
-    figure, axes = plt.subplots(1, len(steps), figsize=(11, 3.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(steps), figsize=(11, 3.2), sharex=True, layout="constrained")
     for axis, nfe in zip(axes, steps):
         for name, (color, marker, title) in STYLE.items():
             points = [(row["entropy"], row["nll"]) for row in rows
                       if (row["model"], row["nfe"]) == (name, nfe)]
             if points:
                 axis.plot(*zip(*points), color=color, marker=marker, ms=5, label=title)
-        axis.plot(real["entropy"], real["nll"], "*", color="black", ms=11, label="real text")
+        axis.axvline(real["entropy"], color="black", ls=":", label="entropy of real text")
         axis.set(title=f"steps: {nfe}", xlabel="entropy, nats")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("NLL, nats per letter")
