@@ -1,27 +1,44 @@
-"""What the notebooks share, and the command that draws the README's pictures.
+"""What the chapters share, and a command for those who teach, and for the README's pictures.
 
-    python notebooks/classroom.py                     # both, of out/maze
+    python notebooks/classroom.py --hand-out FOLDER   # the chapters without outputs and answers
+    python notebooks/classroom.py --models            # pack out/maze into notebooks/models
+    python notebooks/classroom.py --address https://github.com/you/project       # badges for Colab
+    python notebooks/classroom.py                     # the README's two pictures, of out/maze
     python notebooks/classroom.py --log out/maze      # a run's log.jsonl, as out/maze/log.png
     python notebooks/classroom.py --judged out/judge  # the table of judge.py
     python notebooks/classroom.py --gif maze.gif --ckpt out/maze/mdlm.pt out/maze/gumbel.pt -n 5
 """
 
 import argparse
+import contextlib
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.animation import PillowWriter
+
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import PillowWriter
+except ImportError:
+    sys.exit('error: the chapters and their pictures need matplotlib: pip install -e ".[dev]"')
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = ROOT / "notebooks" / "figures"
+NOTEBOOKS = ROOT / "notebooks"
+FIGURES = NOTEBOOKS / "figures"
+MODELS = NOTEBOOKS / "models"
+CHAPTERS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 sys.path.insert(0, str(ROOT))
+import config  # noqa: E402
 import data  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
 import sample  # noqa: E402
@@ -31,7 +48,7 @@ RED, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#999999"
 STYLE = {  # colour, marker and label of each model in all pictures
     "mdlm": (RED, "s", "MDLM"),
     "bd3lm": (RED, "s", "BD3-LM"),
-    "gumbel": (BLUE, "o", "paper's map"),
+    "gumbel": (BLUE, "o", "the paper's student"),
     "gumbel-draft": (GREEN, "^", "ours (drafts)"),
     "teacher": ("black", "D", "AR teacher"),
 }
@@ -56,16 +73,242 @@ def where(name):
 
 def size(n):
     """The number of samples: n, or a few in the tests."""
-    return min(n, 60) if os.environ.get("GD_SMALL") else n
+    return min(n, 30) if os.environ.get("GD_SMALL") else n
 
 
-def check(answer, is_right, hint):
-    """Print the verdict on an answer. A wrong answer raises AssertionError with the hint."""
+def load_models(*names, folder=MODELS):
+    """The maze's models of these names, which come with the course."""
+    return [gd.load_model(f"{folder}/{name}.pt", "cpu")[0] for name in names]
+
+
+def quietly(function, *args):
+    """What a function returns, without its lines. The last one of them is printed."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        result = function(*args)
+    print(*said.getvalue().splitlines()[-1:])
+    return result
+
+
+def print_error(shell, kind, error, traceback, tb_offset=None):
+    print(f"error: {error}", file=sys.stderr)
+
+
+if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
+    # in a notebook, too, an error that the user can mend is one line without a traceback
+    shell.set_custom_exc((gd.UserError,), print_error)
+
+
+# -----------------------------------------------------------------------------
+# Exercises: each has a test of the answer, by a hash or by a computed value, and a hint
+
+def plain(answer):
+    """An answer as text: numbers with three digits, a set in its order, small letters."""
+    if hasattr(answer, "item"):                                 # a tensor of one number
+        answer = answer.item()
+    if isinstance(answer, set):
+        return " ".join(sorted(map(plain, answer)))
+    if isinstance(answer, (list, tuple)):
+        return " ".join(map(plain, answer))
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        return f"{answer:.3f}"
+    return str(answer).strip().lower()
+
+
+def digest(answer):
+    """A hash of an answer, which nobody reads the answer from."""
+    return hashlib.sha256(plain(answer).encode()).hexdigest()[:10]
+
+
+def has_digest(right):
+    return lambda answer: digest(answer) == right
+
+
+FIVE = torch.tensor([0.40, 0.25, 0.20, 0.10, 0.05]).log()       # logp (V,) of chapter 1
+THREE = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]])        # p and q (V,) of chapter 6
+
+
+def draws_colder(sampler, n=20_000):
+    """1.1: the shares of a sampler's tokens are the softmax of twice logp."""
+    xi = gd.sample_gumbel((n, 5), gd.rng("exercise"))
+    share = sampler(FIVE, xi).bincount(minlength=5) / n
+    return (share - (2 * FIVE).softmax(dim=-1)).abs().max() < 4 / n**0.5
+
+
+def is_mean_of_maximum(number, n=100_000):
+    """1.2: the mean of max(logp + xi), here with one token of probability 1."""
+    mean = gd.sample_gumbel((n,), gd.rng("exercise")).mean().item()
+    return abs(number - mean) < 0.015
+
+
+def is_straight(inequality, n=5000):
+    """1.4: it holds for all noise of Theorem 4.1, and for half of the noise that is independent."""
+    g, rows = gd.rng("exercise"), FIVE.expand(n, 5)
+    by_theorem = [gd.posterior_gumbel(rows, torch.full((n,), k), g) for k in (0, 3)]
+    independent = gd.sample_gumbel((2, n, 5), g)
+    share = inequality(*independent, 0, 3).double().mean()
+    return inequality(*by_theorem, 0, 3).all() and 0.45 < share < 0.55
+
+
+def is_valid_by_chance(number):
+    """2.2: ten independent draws, each from its own distribution, are a path."""
+    paths = torch.tensor(data.maze_paths())                     # (51, 10)
+    share = torch.stack([(paths == cell).double().mean(0) for cell in range(MASK)], dim=-1)
+    right = share[torch.arange(10), paths].prod(dim=-1).sum()
+    return abs(number - right) < 1e-6
+
+
+def keeps_as_many(mean):
+    """5.2: the mean number of tokens that stay, of acceptances."""
+    cases = ([0.5, 0.5], [1, 0.9, 0.5])
+    rights = [1 + sum(itertools.accumulate(case, lambda a, b: a * b)) for case in cases]
+    return all(abs(mean(case) - right) < 1e-4 for case, right in zip(cases, rights))
+
+
+def overlaps_most(order):
+    """6.1: in this order of the ids a shared u agrees as often as any coupling can."""
+    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]])[:, order]
+    high = torch.minimum(p.cumsum(dim=0), q.cumsum(dim=0))
+    low = torch.maximum(p.cumsum(dim=0) - p, q.cumsum(dim=0) - q)
+    overlap = (high - low).clamp(min=0).sum()
+    return sorted(order) == [0, 1, 2] and abs(overlap - torch.minimum(p, q).sum()) < 1e-4
+
+
+def is_gumbel_agreement(probability, n=40_000):
+    """6.3: how often the argmax of two models with shared Gumbel noise is one token."""
+    xi = gd.sample_gumbel((n, 3), gd.rng("exercise"))
+    tokens = [(p.log() + xi).argmax(dim=-1) for p in THREE]
+    return abs(float(probability(*THREE)) - (tokens[0] == tokens[1]).double().mean()) < 0.02
+
+
+EXERCISES = {
+    "1.1": (draws_colder, "These are not the probabilities softmax(2 logp). What must be doubled, "
+            "and what must not? The answer is a function of logp and xi."),
+    "1.2": (is_mean_of_maximum, "Average (logp + xi).amax(-1) over the draws above. The number is "
+            "named after Euler."),
+    "1.3": (has_digest("e3b0c44298"), "A likely loser must have smaller noise than a rare one. "
+            "Does the winner stay on top?"),
+    "1.4": (is_straight, "Write down that k1 beats k2 in the first row, and that k2 beats k1 in "
+            "the second. Add the two. The answer is a function of one, two, k1, k2."),
+    "2.1": (has_digest("9b1356fe79"), "The second token does not know the first. Count the pairs."),
+    "2.2": (is_valid_by_chance, "Multiply true_p[i, path[i]] along each path. Then add up over the "
+            "paths."),
+    "2.3": (has_digest("b07c03b413"), "Half the sum of |share - 1/51| over the 51 paths."),
+    "3.1": (has_digest("fcbcf16590"), "The noise was drawn from the text. What does it know?"),
+    "3.2": (has_digest("2a1558ac34"), "The noise of the moves 1 to i decides move i."),
+    "3.3": (lambda count: count(0.0) == 1 and count(1.0) > 5, "A function of tau: generate with "
+            "gd.generate(ours, 1000, 10, nfe=1, tau=tau), and count the rows of unique(dim=0)."),
+    "4.1": (has_digest("399d0c7e69"), "How many blocks are there? Each takes its own steps."),
+    "4.2": (has_digest("ec7eb527d8"), "Each block is one token. Which tokens does the "
+            "model see?"),
+    "4.3": (has_digest("16367aacb6"), "Repetition lowers perplexity, and it lowers entropy."),
+    "5.1": (has_digest("3e351a7306"), "Token i + 2 depends on the tokens i and i + 1. What "
+            "decides these?"),
+    "5.2": (keeps_as_many, "The guess of head k stays if the heads 1 to k are all right: multiply. "
+            "The answer is a function of a list."),
+    "5.3": (has_digest("baada11eca"), "What does a guess without noise do? And what does the "
+            "teacher do with xi? The answer is two numbers."),
+    "6.1": (overlaps_most, "Id 1 has the same length in both. Its interval must not move, so where "
+            "must it stand? The answer is a list of the three ids."),
+    "6.2": (has_digest("0db1a2957f"), "Which distribution has 1 - u? And which token does "
+            "the teacher pick at 1 - u?"),
+    "6.3": (is_gumbel_agreement, "p[None, :] / p[:, None] is a table (V, V) of ratios. Where does "
+            "the maximum go? The answer is a function of p and q."),
+}
+
+
+def check(number, answer):
+    """Say if an answer to an exercise is right. A wrong one, of whatever type, gets the hint."""
+    is_right, hint = EXERCISES[number]
     if answer is None:
-        print("no answer yet")
+        print(f"{number}: no answer yet")
         return
-    assert is_right(answer), hint
-    print("right!")
+    try:
+        verdict = bool(is_right(answer))
+    except Exception:                                           # a wrong type fails in many ways
+        verdict = False
+    print(f"{number}: right!" if verdict else f"{number}: not yet. {hint}")
+
+
+# -----------------------------------------------------------------------------
+# For those who teach: what goes to the class, the models, the badges
+
+def read_chapter(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_chapter(book, path):
+    path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def text_of(cell):
+    """The source of a cell, which a notebook holds as one string or as lines."""
+    return "".join(cell["source"])
+
+
+def hand_out(folder):
+    """Write the chapters as a class gets them: no outputs, no answers to what is to be predicted.
+
+    A copy of the project, in the folder project beside them, has all that they import.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise gd.UserError(f"--hand-out {folder}: not empty; name a new folder")
+    for path in CHAPTERS:
+        book = read_chapter(path)
+        book["cells"] = [c for c in book["cells"] if not text_of(c).startswith("<details>")]
+        for cell in book["cells"]:
+            if cell["cell_type"] == "code":
+                cell.update(outputs=[], execution_count=None)
+        write_chapter(book, folder / path.name)
+    project = folder / "project"
+    shutil.copytree(MODELS, project / "notebooks" / "models")
+    to_install = [ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"]
+    for path in [*NOTEBOOKS.glob("*.py"), *ROOT.glob("*.py"), *to_install]:
+        shutil.copy(path, project / path.relative_to(ROOT))
+    return folder
+
+
+def pack_models(folder):
+    """The maze's four models of a run's folder into notebooks/models: the averaged weights alone,
+    in half precision, some 400 kB each; and the log of their training."""
+    MODELS.mkdir(exist_ok=True)
+    for name in ("teacher", "mdlm", "gumbel", "gumbel-draft"):
+        saved = config.load_checkpoint(f"{folder}/{name}.pt")
+        weights = {key: weight.half() for key, weight in saved["ema"].items()}
+        about = {key: saved[key] for key in ("name", "step", "settings", "tokenizer")}
+        if name != "teacher":  # the students belong to the teacher as it is rounded here
+            teacher, = load_models("teacher", folder=MODELS)
+            about["settings"]["teacher"] = config.weights_id(teacher)
+        config.save_checkpoint(f"{MODELS}/{name}.pt", {}, ema=weights,
+                               config=vars(saved["config"]), **about)
+    shutil.copy(folder / "log.jsonl", MODELS)
+    return MODELS
+
+
+def add_badges(address):
+    """Give each chapter a badge that opens it in Colab, and a cell that fetches the project there.
+
+    address: the project's on GitHub. An older badge and cell are replaced.
+    """
+    place = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", address)
+    if not place:
+        raise gd.UserError(f"--address {address}: must look like https://github.com/you/project")
+    colab = "https://colab.research.google.com"
+    for path in CHAPTERS:
+        book = read_chapter(path)
+        cells = [c for c in book["cells"] if "hosted" not in c["metadata"]]
+        link = f"{colab}/github/{place[1]}/blob/main/notebooks/{path.name}"
+        badge = f"[![Open in Colab]({colab}/assets/colab-badge.svg)]({link})"
+        fetch = f"![ -e classroom.py ] || git clone -q {address} project"
+        install = "![ -e classroom.py ] || pip install -q -e project"
+        hosted = {"metadata": {"hosted": True}}
+        cells[1:1] = [
+            dict(hosted, id="badge", cell_type="markdown", source=badge),
+            dict(hosted, id="fetch", cell_type="code", source=f"{fetch}\n{install}", outputs=[],
+                 execution_count=None)]
+        write_chapter(dict(book, cells=cells), path)
+    return NOTEBOOKS
 
 
 # -----------------------------------------------------------------------------
@@ -207,9 +450,9 @@ def draw_films(path, words):
 # Curves
 
 def curve(axis, rows, column, ylabel):
-    """A column of result rows against the number of function evaluations, one line per model.
+    """A column of result rows against the number of steps, one line per model.
 
-    A model with one number of function evaluations is a dashed horizontal line.
+    A model with one number of steps is a dashed horizontal line.
     """
     ticks = set()
     for model, (color, marker, name) in STYLE.items():
@@ -226,16 +469,16 @@ def curve(axis, rows, column, ylabel):
 
 
 def label_axes(axis, ticks, ylabel):
-    """Numbers of function evaluations, on a log scale, against ylabel."""
+    """Numbers of steps, on a log scale, against ylabel."""
     axis.set_xscale("log")
     axis.set_xticks(sorted(ticks), sorted(ticks))
     axis.minorticks_off()
-    axis.set(xlabel="function evaluations per text", ylabel=ylabel)
+    axis.set(xlabel="steps per text", ylabel=ylabel)
     axis.grid(alpha=0.3)
 
 
 def hero(folder, path):
-    """The README's picture: a path of each student in one call, and quality against calls."""
+    """The README's picture: a path of each student in one step, and quality against steps."""
     rows = json.loads((folder / "results.json").read_text())
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.3), layout="constrained",
                                 width_ratios=(1, 1, 1, 1.25, 1.25))
@@ -244,7 +487,7 @@ def hero(folder, path):
         student, _, _ = gd.load_model(f"{folder}/{name}.pt", "cpu")
         temperature = 0.0 if student.reads_noise else 1.0
         text = gd.generate(student, 1, student.seq_len, nfe=1, temperature=temperature)
-        draw(text[0], axis, f"{label(student)}, one call")
+        draw(text[0], axis, f"{label(student)}, one step")
     curve(axes[3], rows, "valid", "share of valid paths")
     curve(axes[4], rows, "tv", "total variation to the truth")
     for axis in axes[3:]:
@@ -413,6 +656,12 @@ def print_equal_entropy(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hand-out", metavar="folder", help="write the chapters without outputs "
+                        "and answers, for a class, into this new folder")
+    parser.add_argument("--models", action="store_true", help="pack the models of --run into "
+                        "notebooks/models, small enough to come with the course")
+    parser.add_argument("--address", help="of this project on GitHub: give each chapter a badge "
+                        "that opens it in Colab")
     parser.add_argument("--log", metavar="folder", help="draw this run's log.jsonl instead")
     parser.add_argument("--judged", metavar="folder", help="draw the table of judge.py in this "
                         "folder instead")
@@ -425,7 +674,13 @@ def main():
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     plt.switch_backend("Agg")
     try:
-        if args.gif:
+        if args.hand_out:
+            paths = [hand_out(Path(args.hand_out))]
+        elif args.models:
+            paths = [pack_models(Path(args.run))]
+        elif args.address:
+            paths = [add_badges(args.address)]
+        elif args.gif:
             paths = [draw_films(args.gif, others)]
         elif args.log:
             paths = [draw_log(Path(args.log))]
@@ -438,7 +693,7 @@ def main():
     except FileNotFoundError as e:
         raise gd.UserError(f"{e.filename}: not there; name the folder of a finished run, or make "
                            "one with `python gumbel_distill.py`") from e
-    print(*paths, "drawn")
+    print(*paths, "written")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The notebooks run, and tell right from wrong.   python -m pytest tests/test_notebooks.py"""
 
 import ast
+import os
 import re
 import shutil
+import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -19,24 +20,34 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A wrong answer to each exercise. The right ones are in notebooks/solutions.
 WRONG = {
-    "01_gumbel_max": ["lambda logp, xi: (logp + 2 * xi).argmax(-1)", "0.0", "{'argmax'}"],
-    "02_why_parallel_decoding_breaks": ["1.0", "true_p[0].sum().item()", "0.5"],
-    "03_gumbel_distillation": ["True", "5", "lambda tau: 51"],
-    "04_text": ["4", "'nothing'", "'first'"],
-    "05_heads": ["{2}", "lambda a: 1 + sum(a)", "(0.5, 0.5)"],
-    "06_other_couplings": ["[0, 1, 2]", "{'valid', 'tv', 'agree_token'}",
-                           "lambda p, q: torch.minimum(p, q).sum()"],
+    "1.1": "lambda logp, xi: (logp + 2 * xi).argmax(-1)", "1.2": "0.0", "1.3": "{'argmax'}",
+    "1.4": "lambda one, two, k1, k2: one[:, k1] > -torch.inf",
+    "2.1": "1.0", "2.2": "true_p[0].sum().item()", "2.3": "0.5",
+    "3.1": "True", "3.2": "5", "3.3": "lambda tau: 51",
+    "4.1": "4", "4.2": "'nothing'", "4.3": "'first'",
+    "5.1": "{2}", "5.2": "lambda a: 1 + sum(a)", "5.3": "(0.5, 0.5)",
+    "6.1": "[0, 1, 2]", "6.2": "{'valid', 'tv', 'agree_token'}",
+    "6.3": "lambda p, q: torch.minimum(p, q).sum()",
 }
+WRONG_TYPES = ["object()", "'words'", "lambda: 1", "[None]"]
 
 
 def solutions(path):
-    """Code of the worked solutions to a notebook's exercises, one text for each."""
+    """Code of the worked solutions to a chapter's exercises: number -> code."""
     text = (path.parent / "solutions" / f"{path.stem}.py").read_text()
-    _, *others = re.split(r"^# Exercise \d\. ", text, flags=re.M)
-    return ["# " + code for code in others]
+    _, *parts = re.split(r"^# Exercise (\d\.\d)\. ", text, flags=re.M)
+    return dict(zip(parts[::2], ["# " + code for code in parts[1::2]]))
 
 
 COURSE = ROOT / "notebooks" / "README.md"
+
+
+@pytest.fixture
+def classroom(monkeypatch):
+    """The module notebooks/classroom.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    import classroom
+    return classroom
 
 
 def code_cells(path):
@@ -53,48 +64,56 @@ def names_of(path):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
-def test_every_exercise_has_a_worked_solution():
-    assert [p.stem for p in NOTEBOOKS] == list(WRONG)
+def exercise_of(cell):
+    """The number of the exercise that a cell checks, or None."""
+    call = re.search(r'^check\("(.*)", answer\)', cell.source, re.M)
+    return call and call[1]
+
+
+def run(book, folder):
+    nbclient.NotebookClient(book, timeout=600, kernel_name="python3",
+                            resources={"metadata": {"path": str(folder)}}).execute()
+
+
+def test_every_exercise_has_a_check_a_worked_solution_and_a_wrong_answer(classroom):
+    solved = {}
     for path in NOTEBOOKS:
-        text = "".join(c.source + "\n" for c in code_cells(path))
-        numbers = sorted(int(n) for n in re.findall(r"^answer_(\d) = None", text, re.M))
-        assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 3
-        assert len(WRONG[path.stem]) == len(numbers)
-        for n, code in enumerate(solutions(path), 1):
-            assert f"\nanswer_{n} = " in code and len(code.split("\nanswer_")[0]) > 60
+        own = solutions(path)
+        numbers = [exercise_of(cell) for cell in code_cells(path) if exercise_of(cell)]
+        assert list(own) == numbers and len(numbers) >= 3
+        assert {number[0] for number in numbers} == {path.stem[1]}
+        solved.update(own)
+    assert list(solved) == list(WRONG) == list(classroom.EXERCISES)
+    for code in solved.values():
+        assert "\nanswer = " in code and len(code.split("\nanswer")[0]) > 60
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_runs_and_its_checks_tell_right_from_wrong(path, tmp_path, monkeypatch):
-    """At a small size; every exercise answered rightly, then wrongly, after it had no answer."""
+def test_a_chapter_runs_and_its_checks_tell_right_from_wrong(path, tmp_path, monkeypatch):
+    """At a small size; each exercise without an answer, then answered rightly, then wrongly, and
+    with answers of wrong types, which get the hint as well."""
     monkeypatch.setenv("GD_SMALL", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     book = nbformat.read(path, as_version=4)
-    cells, n_checks = [], 0
+    cells, expected = [], []
     for cell in book.cells:
         cells.append(cell)
-        call = re.search(r"^check\(answer_(\d)", cell.source, re.M)
-        if cell.cell_type == "code" and call:
-            number = int(call[1])
-            n_checks += 1
-            for answer in (solutions(path)[number - 1],
-                           f"answer_{number} = {WRONG[path.stem][number - 1]}"):
-                cells.append(nbformat.v4.new_code_cell(
-                    f"{answer}\ntry:\n" + textwrap.indent(cell.source, "    ")
-                    + "\nexcept AssertionError as e:\n    print('refused:', e)"))
-    assert n_checks == len(WRONG[path.stem])
+        number = exercise_of(cell)
+        if number is None:
+            continue
+        expected += ["no answer", "right!"] + ["not yet."] * (1 + len(WRONG_TYPES))
+        wrong = [f"answer = {code}" for code in [WRONG[number], *WRONG_TYPES]]
+        for code in [solutions(path)[number], *wrong]:
+            cells.append(nbformat.v4.new_code_cell(f'{code}\ncheck("{number}", answer)'))
     book.cells = cells
-    nbclient.NotebookClient(book, timeout=300, kernel_name="python3",
-                            resources={"metadata": {"path": str(path.parent)}}).execute()
-    said = [printed(c) for c in book.cells if c.cell_type == "code"]
-    verdicts = [s for s in said if re.match(r"no answer|right!|refused: \S", s)]
-    expected = ["no answer", "right!", "refused: "] * n_checks
-    assert len(verdicts) == len(expected), verdicts
-    assert all(s.startswith(e) for s, e in zip(verdicts, expected)), verdicts
+    run(book, path.parent)
+    said = "".join(printed(c) for c in book.cells if c.cell_type == "code")
+    verdicts = re.findall(r"^\d\.\d: (no answer|right!|not yet\.)", said, re.M)
+    assert verdicts == expected
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_is_short_cells_with_stored_outputs_and_redefines_nothing(path):
+def test_a_chapter_is_short_cells_with_stored_outputs_and_redefines_nothing(path):
     book = nbformat.read(path, as_version=4)
     for word in ("**Goal.**", "**In the paper.**", "**In the code.**", "**Time.**"):
         assert word in book.cells[0].source
@@ -104,12 +123,14 @@ def test_a_notebook_is_short_cells_with_stored_outputs_and_redefines_nothing(pat
         assert name in own or name in ["block_size", *gd.STUDENTS], name
     cells = code_cells(path)
     assert cells[0].source == code_cells(NOTEBOOKS[0])[0].source     # it finds the project
-    questions = [c for c in book.cells if c.cell_type == "markdown"
+    assert len(cells[0].source.splitlines()) == 3
+    questions = [i for i, c in enumerate(book.cells) if c.cell_type == "markdown"
                  and "**Predict before you run.**" in c.source]
     assert len(questions) >= 2
-    for cell in questions:  # the answer is what the next cell puts out
-        following = book.cells[book.cells.index(cell) + 1]
-        assert following.cell_type == "code" and following.outputs
+    for i in questions:  # the next cell shows what happens, the one after it says why
+        assert book.cells[i + 1].cell_type == "code" and book.cells[i + 1].outputs
+        assert book.cells[i + 2].source.startswith("<details>")
+    assert "## Summary" in book.cells[-1].source and "**Next:**" in book.cells[-1].source
     for cell in cells:
         assert len(cell.source.splitlines()) <= 15 and cell.execution_count
         assert not own & set(re.findall(r"^(?:def|class) (\w+)", cell.source, re.M))
@@ -124,37 +145,83 @@ def test_the_contents_page_names_every_chapter():
     assert re.findall(r"\]\((\d\d_\w+)\.ipynb\)", text) == [p.stem for p in NOTEBOOKS]
 
 
-def test_a_notebook_finds_the_project_or_fetches_it(tmp_path, monkeypatch):
-    """From the project, a folder in it, the folder that holds it; else from REPOSITORY."""
-    code = code_cells(NOTEBOOKS[0])[0].source
-    project = tmp_path / "holder" / "project"
-    (project / "notebooks" / "figures").mkdir(parents=True)
-    shutil.copy(ROOT / "notebooks" / "classroom.py", project / "notebooks")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for start in (project, project / "notebooks" / "figures", tmp_path / "holder"):
-        monkeypatch.chdir(start)
-        exec(code, {})
-        assert sys.path.pop(0) == str(project / "notebooks")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(AssertionError, match="REPOSITORY"):
-        exec(code, {})
-    calls = []
+def test_a_class_gets_chapters_without_outputs_and_answers_that_run(cli, tmp_path, classroom):
+    folder = tmp_path / "class"
+    status, _, err = cli(classroom.main, "--hand-out", folder)
+    assert status == 0, err
+    assert sorted(p.name for p in folder.glob("*.ipynb")) == [p.name for p in NOTEBOOKS]
+    assert not list(folder.rglob("solutions"))
+    n_open = 0
+    for path in folder.glob("*.ipynb"):
+        book = nbformat.read(path, as_version=4)
+        nbformat.validate(book)
+        assert not any(c.source.startswith("<details>") for c in book.cells)
+        assert not any(c.outputs or c.execution_count for c in code_cells(path))
+        n_open += sum("**Predict before you run.**" in c.source for c in book.cells)
+    assert n_open >= 2 * len(NOTEBOOKS)
+    book = nbformat.read(folder / NOTEBOOKS[0].name, as_version=4)
+    run(book, folder)                                           # with the project beside it
+    status, _, err = cli(classroom.main, "--hand-out", folder)
+    assert status == 1 and "not empty" in err
 
-    def run(command, check):
-        calls.append(command)
-        if command[0] == "git":
-            shutil.copytree(project, command[-1])
-    monkeypatch.setattr("subprocess.run", run)
-    exec(code.replace('REPOSITORY = ""', 'REPOSITORY = "https://somewhere/it.git"'), {})
-    assert sys.path[0] == str(tmp_path / "elsewhere" / "project" / "notebooks")
-    assert calls[0][:3] == ["git", "clone", "https://somewhere/it.git"] and "pip" in calls[1]
+
+def test_the_models_of_the_course_are_small_and_write_as_those_of_the_run(
+        cli, maze_run, tmp_path, monkeypatch, classroom):
+    def sizes(folder):
+        return [path.stat().st_size for path in folder.glob("*.pt")]
+    assert len(sizes(classroom.MODELS)) == 4 and max(sizes(classroom.MODELS)) < 500_000
+    assert [m.name for m in classroom.load_models("teacher", "gumbel")] == ["teacher", "gumbel"]
+    monkeypatch.setattr(classroom, "MODELS", tmp_path)
+    status, _, err = cli(classroom.main, "--models", "--run", maze_run[0])
+    assert status == 0 and max(sizes(tmp_path)) < 500_000, err
+    whole, _, _ = gd.load_model(f"{maze_run[0]}/gumbel.pt", "cpu")
+    half, = classroom.load_models("gumbel", folder=tmp_path)
+    texts = [gd.generate(model, 200, 10, nfe=1) for model in (whole, half)]
+    assert (texts[0] == texts[1]).double().mean() > 0.98
+    torch.save({"format": 1}, tmp_path / "mdlm.pt")
+    with pytest.raises(gd.UserError, match="no checkpoint of this version"):
+        classroom.load_models("mdlm", folder=tmp_path)
+
+
+def test_one_command_gives_the_chapters_a_badge_and_takes_the_older_one_away(
+        cli, tmp_path, monkeypatch, classroom):
+    chapter = tmp_path / NOTEBOOKS[0].name
+    shutil.copy(NOTEBOOKS[0], chapter)
+    monkeypatch.setattr(classroom, "CHAPTERS", [chapter])
+    n_cells = len(nbformat.read(chapter, as_version=4).cells)
+    for owner in ("you", "somebody"):
+        status, _, err = cli(classroom.main, "--address", f"https://github.com/{owner}/project")
+        assert status == 0, err
+        book = nbformat.read(chapter, as_version=4)
+        nbformat.validate(book)
+        assert len(book.cells) == n_cells + 2 and f"github/{owner}/project" in book.cells[1].source
+        assert f"git clone -q https://github.com/{owner}/project project" in book.cells[2].source
+    status, _, err = cli(classroom.main, "--address", "my project")
+    assert status == 1 and "my project" in err and "https://github.com/you/project" in err
+
+
+def test_an_error_that_the_user_can_mend_is_one_line_in_a_chapter():
+    book = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_code_cell("from classroom import load_models"),
+        nbformat.v4.new_code_cell("load_models('mdlm', folder='nowhere')")])
+    client = nbclient.NotebookClient(book, timeout=300, kernel_name="python3", allow_errors=True,
+                                     resources={"metadata": {"path": str(ROOT / "notebooks")}})
+    client.execute()
+    assert len(printed(book.cells[1]).splitlines()) == 1
+    assert printed(book.cells[1]).startswith("error: nowhere/mdlm.pt")
+    assert not [o for o in book.cells[1].outputs if o.output_type == "error"]
+
+
+def test_without_matplotlib_the_command_says_what_to_install(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    done = subprocess.run([sys.executable, ROOT / "notebooks" / "classroom.py"], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and done.stderr.startswith("error:")
+    assert "pip install" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_the_pictures_of_the_readme_are_drawn_by_one_command(
-        cli, maze_run, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    import classroom
+        cli, maze_run, tmp_path, monkeypatch, classroom):
     folder, _ = maze_run
     monkeypatch.setattr(classroom, "FIGURES", tmp_path)
     monkeypatch.setenv("GD_SMALL", "1")
@@ -179,10 +246,8 @@ def test_the_pictures_of_the_readme_are_drawn_by_one_command(
     shutil.rmtree(folder / "judge")
 
 
-def test_pictures_tell_the_students_apart(maze_run, tmp_path, monkeypatch):
+def test_pictures_tell_the_students_apart(maze_run, tmp_path, monkeypatch, classroom):
     """Each model has its own colour, marker and label; the hero shows all three students."""
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    import classroom
     folder, rows = maze_run
     names = [*gd.resolve(gd.Config()).students, "teacher"]
     for kind in zip(*[classroom.STYLE[name] for name in names]):
@@ -192,16 +257,14 @@ def test_pictures_tell_the_students_apart(maze_run, tmp_path, monkeypatch):
     classroom.hero(folder, tmp_path / "hero.png")
     *mazes, valid, tv = classroom.plt.gcf().axes
     labels = [classroom.STYLE[name][2] for name in names]
-    assert [axis.get_title() for axis in mazes] == [f"{name}, one call" for name in labels[:3]]
+    assert [axis.get_title() for axis in mazes] == [f"{name}, one step" for name in labels[:3]]
     for axis in (valid, tv):
         assert [line.get_label() for line in axis.lines] == labels
     by_paper = next(row for row in rows if row["model"] == "gumbel")
     assert valid.lines[1].get_ydata()[0] == by_paper["valid"]
 
 
-def test_forbidden_moves_are_told_from_allowed_ones(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    import classroom
+def test_forbidden_moves_are_told_from_allowed_ones(monkeypatch, classroom):
     axis = classroom.plt.figure().add_subplot()
     path = data.maze_paths()[7]
 
@@ -214,13 +277,11 @@ def test_forbidden_moves_are_told_from_allowed_ones(monkeypatch):
     assert colours([classroom.MASK] * 10) == []
 
 
-def test_a_moving_picture_has_the_frames_of_the_film(maze_run, cli, tmp_path, monkeypatch):
+def test_a_moving_picture_has_the_frames_of_the_film(
+        maze_run, cli, tmp_path, monkeypatch, classroom):
     image = pytest.importorskip("PIL.Image")
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    import classroom
     folder, _ = maze_run
-    given = ["--ckpt", folder / "mdlm.pt", folder / "gumbel.pt", "--nfe", 3, "--order",
-             "first-hitting", "-n", 2]
+    given = ["--ckpt", folder / "mdlm.pt", folder / "gumbel.pt", "--nfe", 10, "-n", 2]
     status, said, err = cli(classroom.main, "--gif", tmp_path / "a.gif", *given)
     assert status == 0 and "a.gif" in said, err
     picture = image.open(tmp_path / "a.gif")
@@ -240,9 +301,7 @@ def test_a_moving_picture_has_the_frames_of_the_film(maze_run, cli, tmp_path, mo
         assert status in (1, 2) and said in err.splitlines()[-1], err
 
 
-def test_models_are_compared_at_the_entropy_that_all_reach(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    import classroom
+def test_models_are_compared_at_the_entropy_that_all_reach(monkeypatch, capsys, classroom):
 
     def rows(model, *points, nfe=4):
         return [dict(model=model, nfe=nfe, tau=1, entropy=h, energy=energy, energy_se=0.03,

@@ -1,14 +1,14 @@
-"""Worked solutions of 02_why_parallel_decoding_breaks.ipynb. The tests run them in the notebook."""
+"""Worked solutions of 02_why_parallel_decoding_breaks.ipynb. The tests run them there."""
 
-# Exercise 1. Each of the four pairs has probability 1/2 * 1/2 = 1/4. Two of the four match.
-answer_1 = 0.5
+# Exercise 2.1. Each of the four pairs has probability 1/2 * 1/2 = 1/4. Two of the four match.
+answer = 0.5
 
-# Exercise 2. true_p[i, c] is the share of paths with cell c at position i. The product along a path
-# is the probability of this path under independent draws. The paths exclude each other, so their
-# probabilities add up. What a trained student writes in one call is about as often valid: no
+# Exercise 2.2. true_p[i, c] is the share of paths with cell c at position i. The product along a
+# path is the probability of this path under independent draws. The paths exclude each other, so
+# their probabilities add up. What a trained student writes in one call is about as often valid: no
 # training can make it better, because one call draws independently.
-answer_2 = true_p[torch.arange(10), paths].prod(dim=-1).sum().item()
+answer = true_p[torch.arange(10), paths].prod(dim=-1).sum().item()
 
-# Exercise 3. The share of that path is 1 instead of 1/51. The other 50 shares are 0 instead of
+# Exercise 2.3. The share of that path is 1 instead of 1/51. The other 50 shares are 0 instead of
 # 1/51. Half of (50/51 + 50 * 1/51) is 50/51.
-answer_3 = 1 - 1 / 51
+answer = 1 - 1 / 51

@@ -1,13 +1,13 @@
-"""Worked solutions of 05_heads.ipynb. The tests run them in the notebook."""
+"""Worked solutions of 05_heads.ipynb. The tests run them there."""
 
-# Exercise 1. Token i + 2 is argmax(logp + xi), and logp depends on the tokens i and i + 1. The
+# Exercise 5.1. Token i + 2 is argmax(logp + xi), and logp depends on the tokens i and i + 1. The
 # noise of i decides token i. With it the noise of i + 1 decides token i + 1. All three take part.
-answer_1 = {0, 1, 2}
+answer = {0, 1, 2}
 
-# Exercise 2. The draft of head k stays if the heads 1 to k are all right. That has the probability
-# a1 * ... * ak. The teacher's own token is always kept: the empty product, 1.
-answer_2 = lambda a: sum(torch.tensor(a[:k]).double().prod().item() for k in range(len(a) + 1))
+# Exercise 5.2. The draft of head k stays if the heads 1 to k are all right. That has the
+# probability a1 * ... * ak. The teacher's own token is always kept: the empty product, 1.
+answer = lambda a: sum(torch.tensor(a[:k]).double().prod().item() for k in range(len(a) + 1))
 
-# Exercise 3. Without noise the best guess is always the likeliest token, which is right with
+# Exercise 5.3. Without noise the best guess is always the likeliest token, which is right with
 # probability 0.5. With the noise the head takes the same argmax as the teacher: it is never wrong.
-answer_3 = (0.5, 1.0)
+answer = (0.5, 1.0)
