@@ -806,20 +806,21 @@ def sampler_settings(student, cfg):
 def evaluate(teacher, students, data, cfg):
     """The rows of results.json: one dict for each model and setting of the sampler."""
     n = cfg.n_samples
-    rows = []
     teacher_text = generate(teacher, n, cfg.seq_len, cfg.seed)
 
-    def add(name, x, **about):
-        rows.append({"model": name, **about, **data.judge(x), "entropy": token_entropy(x)})
-        rows[-1].update(compare_with_teacher(x, teacher_text, teacher))
+    def judged(name, x, **about):
+        return {"model": name, **about, **data.judge(x), "entropy": token_entropy(x),
+                **compare_with_teacher(x, teacher_text, teacher)}
 
-    add("teacher", teacher_text, nfe=cfg.seq_len)
-    add("teacher, other noise", teacher_text.roll(1, 0))        # how much agrees by chance
-    for student in students:
-        for settings in sampler_settings(student, cfg):
-            x = generate(student, n, cfg.seq_len, cfg.seed, **settings)
-            add(student.name, x, **settings)
-    return rows
+    def written(student, settings):
+        x = generate(student, n, cfg.seq_len, cfg.seed, **settings)
+        return judged(student.name, x, **settings)
+
+    rows = [judged("teacher", teacher_text, nfe=cfg.seq_len),
+            judged("teacher, other noise", teacher_text.roll(1, 0))]       # agreement by chance
+    jobs = [partial(written, student, settings) for student in students
+            for settings in sampler_settings(student, cfg)]
+    return rows + side_by_side(jobs, cfg)
 
 
 # -----------------------------------------------------------------------------
