@@ -35,7 +35,7 @@ def load_models(folder):
         cfg = saved["config"]
         check_equal(path, vars(cfg), {"dataset": "maze", "block_size": cfg.seq_len},
                     "the page shows the maze, each path in one block")
-        if saved["settings"].get("teacher"):                    # MDLM needs none
+        if models and saved["settings"].get("teacher"):         # MDLM needs none
             check_equal(path, saved["settings"], {"teacher": weights_id(models[0])},
                         "the page shows a teacher and its own students")
         model.cfg, model.words = cfg, tokenizer.words
