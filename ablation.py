@@ -124,6 +124,7 @@ def run_alone(name, cfg, n_threads):
 def verified_rows(cfg):
     """Rows of adaptive parallel decoding (R = 0.5) and of exact mode, for each student."""
     cfg, rows = resolve(cfg), []
+    judge = load_data(cfg).judge
     teacher, _, _ = load_model(f"{cfg.out_dir}/teacher.pt", cfg.device)
     for student in cfg.students:
         model, _, _ = load_model(f"{cfg.out_dir}/{student}.pt", cfg.device)
@@ -131,7 +132,7 @@ def verified_rows(cfg):
             x, report = compare_exact(model, teacher, cfg.n_samples, cfg.seq_len, cfg.seed, None,
                                       ratio)
             rows.append({"model": f"{student}, {mode}", "nfe": 2 * report["rounds"],
-                         **load_data(cfg).judge(x)})
+                         **judge(x)})
     return rows
 
 

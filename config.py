@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -96,15 +96,20 @@ STOP = threading.Event()            # set: trainings in other threads end after 
 def side_by_side(jobs, cfg):
     """What the jobs (functions) return. Small models leave cores of a CPU idle, so there each job
     has a thread of its own. Dropout's random numbers belong to the process: then one by one."""
-    if len(jobs) < 2 or cfg.device != "cpu" or cfg.dropout > 0 or WORLD > 1:
+    is_plain = cfg.device == "cpu" and not cfg.compile and cfg.dropout == 0 and WORLD == 1
+    if len(jobs) < 2 or not is_plain:
         return [job() for job in jobs]
     n_cores = torch.get_num_threads()
     torch.set_num_threads(max(1, n_cores // len(jobs)))
     pool = ThreadPoolExecutor(n_cores)
     running = [pool.submit(job) for job in jobs]
     try:
+        wait(running, return_when=FIRST_EXCEPTION)
+        for job in running:
+            if job.done():
+                job.result()                                    # raises its error
         return [job.result() for job in running]
-    finally:  # after an error or Ctrl-C the others stop, too
+    finally:  # after an error or Ctrl-C the other trainings stop, too
         STOP.set()
         pool.shutdown(cancel_futures=True)
         STOP.clear()
@@ -239,6 +244,7 @@ def resolve(cfg):
     cfg.students = cfg.students or ["mdlm", "gumbel", "gumbel-draft"]
     if cfg.block_size < cfg.seq_len:  # MDLM in blocks is BD3-LM
         cfg.students = [name.replace("mdlm", "bd3lm") for name in cfg.students]
+    cfg.students = list(dict.fromkeys(cfg.students))            # each once
     return cfg
 
 

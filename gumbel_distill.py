@@ -549,7 +549,7 @@ class BlockStudent(Student):
             block = slice(start, start + L)
             denoise(predict, text[:, block], xi[:, block], u[:, :, block], steps,
                     on_step=on_block_step, **settings)          # fills this view of text
-            if start + L < T:  # the block is final: read it once more, into the cache
+            if start + L < T:  # the block is final: read it once more, into the cache (not in nfe)
                 predict(text[:, block])
                 cache.start += L
         return text
@@ -631,11 +631,12 @@ def compile_layers(model):
 
 
 def train(model, loss_fn, data, cfg, names, **settings):
-    """Train a Teacher or Student, or go on from its checkpoint, bit for bit on a CPU.
-    All draws are keyed by (seed, step, piece). So the step is all there is to save of the random
-    state, and N processes take the steps of one, up to rounding. loss_fn(model, x0, t, generator,
-    index) is the loss of the sequences number `index` (b,). A checkpoint of other settings (those
-    of cfg with these `names`, and `settings`) is refused. Returns the averaged weights, a model."""
+    """Train a Teacher or Student, or go on from its checkpoint: bit for bit on a CPU with as many
+    threads. All draws are keyed by (seed, step, piece). So the step is all there is to save of the
+    random state, and N processes take the steps of one, up to rounding. loss_fn(model, x0, t,
+    generator, index) is the loss of the sequences number `index` (b,). A checkpoint of other
+    settings (those of cfg with these `names`, and `settings`) is refused. Returns the averaged
+    weights, a model."""
     settings.update({name: getattr(cfg, name) for name in names}, data=data.fingerprint,
                     tokens=data.tokenizer.fingerprint)
     path = f"{cfg.out_dir}/{model.name}.pt"
@@ -670,14 +671,13 @@ def train(model, loss_fn, data, cfg, names, **settings):
         bar.update()
         if step % cfg.eval_every and step < cfg.max_steps:
             continue
+        loss, losses = torch.stack(losses).mean().item(), []
         if RANK > 0:  # process 0 validates, logs and saves for all
             continue
 
         seconds = time.time() - start
-        row = dict(model=model.name, step=step, seconds=seconds, lr=lr, grad=grad.item())
-        row["loss"] = torch.stack(losses).mean().item()
+        row = dict(model=model.name, step=step, seconds=seconds, lr=lr, grad=grad.item(), loss=loss)
         row["val"] = validation_loss(ema, loss_fn, data, cfg)
-        losses = []
         row["tok_s"] = (step - first_step) * cfg.batch_size * cfg.seq_len / seconds
         row["left"] = (cfg.max_steps - step) * seconds / (step - first_step)
         with bar.external_write_mode():                         # the bar makes room for the line
@@ -742,6 +742,8 @@ def start_weights(student, cfg, data):
     if cfg.init_from == "scratch":
         return own
     path = cfg.init_from
+    if os.path.dirname(os.path.abspath(path)) == os.path.abspath(cfg.out_dir):
+        raise UserError(f"--init-from {path}: this run itself writes it; use another --out-dir")
     if path == "teacher":
         path = cfg.teacher or f"{cfg.out_dir}/teacher.pt"
     saved = load_checkpoint(path)
@@ -763,7 +765,7 @@ def get_student(name, cfg, teacher, data):
 def train_student(student, cfg, teacher, data, loss=student_loss):
     """Train a Student. teacher: None where it needs none;  loss: a function as student_loss"""
     labeller = teacher
-    if cfg.compile and teacher:  # a copy, or the sampler would compile for each cache's length
+    if cfg.compile and student.reads_noise:  # a copy: the sampler's cache has many lengths
         labeller = compile_layers(copy.deepcopy(teacher))
 
     def loss_fn(model, x0, t, generator, index=None):
@@ -839,7 +841,7 @@ def prepare(cfg):
 
 
 def train_all(cfg, data):
-    """The teacher, and a list of the students; those that need no teacher do not wait for it."""
+    """The teacher, and the students in turn; those that need no teacher do not wait for it."""
     early, late = [], []
     for name in cfg.students:
         torch.manual_seed(cfg.seed)
@@ -849,7 +851,8 @@ def train_all(cfg, data):
     teacher, *early = side_by_side([partial(get_teacher, cfg, data), *jobs], cfg)
     texts = teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
     jobs = [partial(train_student, student, cfg, teacher, texts) for student in late]
-    return teacher, early + side_by_side(jobs, cfg)
+    students = early + side_by_side(jobs, cfg)
+    return teacher, sorted(students, key=lambda student: cfg.students.index(student.name))
 
 
 def run(cfg):

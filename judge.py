@@ -343,7 +343,7 @@ def write_rows(args, names, models, data, teacher, real, cfg):
             add(x.to(cfg.device), model=name)
     add(teacher_text, model="teacher", nfe=T)
     for name, model in zip(names, models):
-        if model.name == "teacher":
+        if model.name == "teacher":                             # it stands above
             continue
         bound = {}
         if not model.reads_noise:

@@ -49,7 +49,7 @@ def load_models(args):
     _, tokenizer, saved = loaded[0]
     given = {name: value for name, value in vars(args).items()
              if hasattr(Config, name) and value is not None}
-    cfg = resolve(dataclasses.replace(saved["config"], grad_accum=1, **given))
+    cfg = resolve(dataclasses.replace(saved["config"], grad_accum=1, init_from="scratch", **given))
     cfg.temperature = args.temperature                          # None: see settings_of
     names, models = [], []
     for path, (model, other, other_saved) in zip(args.ckpt, loaded):
@@ -82,7 +82,8 @@ def teacher_of(path, saved, tokenizer, cfg):
     """The teacher named by --teacher, or the one that the student at `path` learned from."""
     name = cfg.teacher or os.path.join(os.path.dirname(path), "teacher.pt")
     teacher = load_teacher(name, tokenizer, cfg)
-    if weights_id(teacher) != saved["settings"]["teacher"]:
+    expected = saved["settings"]["teacher"]                     # None where MDLM needed none
+    if expected and weights_id(teacher) != expected:
         print(f"note: {name} is not this student's teacher", file=sys.stderr)
     return teacher
 

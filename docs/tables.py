@@ -102,8 +102,7 @@ def ar_model(job, seed, kind):
 
 @contextlib.contextmanager
 def quiet(folder):
-    """What is printed goes to log.txt in the folder; a process here has one thread."""
-    torch.set_num_threads(1)
+    """What is printed goes to log.txt in the folder."""
     os.makedirs(folder, exist_ok=True)
     with open(f"{folder}/log.txt", "a") as f, contextlib.redirect_stdout(f):
         yield
@@ -151,7 +150,7 @@ def train_and_write(job, n):
         student = gd.new_student(cfg, job["student"], teacher.vocab_size)
         texts = gd.teacher_data(teacher, data, cfg) if cfg.labels == "teacher" else data
         student = gd.train_student(student, cfg, teacher, texts)
-    log = [json.loads(line) for line in open(f"{out}/log.jsonl")]
+    log = read_rows(f"{out}/log.jsonl")
     about = dict(val=log[-1]["val"], seconds=log[-1]["seconds"])
     rows = []
     xi, u = gd.sequence_noise(cfg.seed, torch.arange(n), T, student)
@@ -175,8 +174,7 @@ def train_all(name, args):
         jobs.insert(0, dict(job, student="real", key=f"real seq_len={length}", about=about,
                             labels="data", init_from="scratch"))
     load_data(config_of(jobs[0]))                               # the token cache is made once
-    n_at_once = args.jobs
-    with ProcessPoolExecutor(n_at_once, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         first = [pool.submit(ar_model, job, seed, kind) for job in lengths.values()
                  for seed, kind in ((0, "teacher"), (1000, "judge"))]
         for running in first:
@@ -185,9 +183,12 @@ def train_all(name, args):
                    if job["key"] not in done}
         for finished in as_completed(running):
             key = running[finished]
+            if finished.exception():
+                print(f"{name}: {key} failed: {finished.exception()!r}", flush=True)
+                continue
+            lines = [json.dumps(dict(row, key=key)) + "\n" for row in finished.result()]
             with open(path, "a") as f:
-                for row in finished.result():
-                    f.write(json.dumps(dict(row, key=key)) + "\n")
+                f.write("".join(lines))
             print(f"{name}: {key} done", flush=True)
 
 
@@ -231,7 +232,7 @@ def show(name, args):
     """Print, for each setting and number of steps, all students at one entropy: that of real text,
     or --entropy, or the highest that all reach, where that is less."""
     rows = read_rows(f"{args.out_dir}/{name}.jsonl")
-    real = {(row["seq_len"]): row for row in rows if row["student"] == "real text"}
+    real = {row["seq_len"]: row for row in rows if row["student"] == "real text"}
     for row in rows:
         if "tau" not in row:
             print("seq_len {seq_len}: {student:24} entropy {entropy:.2f}, judge {judge_nll:.3f}, "

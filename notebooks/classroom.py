@@ -332,21 +332,13 @@ def draw_walls(axis, title=""):
     axis.axis("off")
 
 
-def allowed_moves():
-    """All moves (from, to) of the shortest paths, as a set of pairs of cells."""
-    moves = set()
-    for path in data.maze_paths():
-        moves.update(zip([0, *path], path))
-    return moves
-
-
 def draw(path, axis, title=""):
     """Draw a path (10,) of cells. Masked cells are left out.
 
     A move that no shortest path makes is red and dotted.
     """
     draw_walls(axis, title)
-    moves = allowed_moves()
+    moves = data.maze_moves()
     cells = [0] + [int(cell) for cell in path]
     x = [cell % data.MAZE_SIZE + 0.5 for cell in cells]
     y = [cell // data.MAZE_SIZE + 0.5 for cell in cells]
@@ -582,7 +574,7 @@ def draw_frontier(folder):
 
     A panel has one number of steps, a curve one student. Texts to the right and below are better,
     but a floor, which no model wrote, may lie there as well."""
-    table = judged_table(folder)
+    table = [row for row in judged_table(folder) if "gen_ppl" in row]
     rows = [row for row in table if "tau" in row]               # those of students
     steps = sorted({row["nfe"] for row in rows})
     figure, axes = plt.subplots(1, len(steps), figsize=(2.7 * len(steps), 3.3), squeeze=False,

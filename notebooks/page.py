@@ -80,7 +80,7 @@ def build(folder):
         "models": {model.name: pack(model) for model in models},
     }
     text = json.dumps(content, separators=(",", ":"))
-    page = (ROOT / "notebooks" / "page.html").read_text().replace("{{data}}", text)
+    page = (ROOT / "notebooks" / "page.html").read_text(encoding="utf-8").replace("{{data}}", text)
     if len(page.encode()) > MAX_BYTES:
         raise UserError(f"{folder}: the page would have {len(page.encode()):,} bytes, and at most "
                         f"{MAX_BYTES:,} load fast; take models with a smaller --n-embd")
@@ -95,7 +95,7 @@ def main():
                         help="the file to write (docs/index.html)")
     args = parser.parse_args()
     page = build(args.folder)
-    args.to.write_text(page)
+    args.to.write_text(page, encoding="utf-8")
     print(f"{args.to}: {len(page.encode()) / 1e6:.2f} MB")
 
 

@@ -691,3 +691,35 @@ def test_every_student_learns(name, tmp_path):
     with open(f"{cfg.out_dir}/log.jsonl") as f:
         val = [json.loads(line)["val"] for line in f][-1]
     assert val < 1.4                                            # the frequencies have 1.55 nats
+
+
+def test_the_error_of_one_training_ends_those_beside_it_at_once():
+    cfg = gd.resolve(gd.Config(**CPU))
+    ended = []
+
+    def trains():
+        while not config.STOP.wait(0.01):
+            pass
+        ended.append(True)
+
+    def fails():
+        raise gd.UserError("no finite loss")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with pytest.raises(gd.UserError, match="no finite loss"):
+        config.side_by_side([trains, fails], cfg)
+    assert ended == [True] and not config.STOP.is_set()
+    torch.set_num_threads(threads)
+
+
+def test_a_student_that_is_named_twice_is_trained_once():
+    cfg = gd.resolve(gd.Config(**CPU, students=["mdlm", "bd3lm", "gumbel"], block_size=5))
+    assert cfg.students == ["bd3lm", "gumbel"]
+
+
+def test_a_start_that_the_run_itself_writes_is_refused(tmp_path):
+    cfg = gd.resolve(gd.Config(**CPU, init_from=str(tmp_path / "teacher.pt"),
+                               out_dir=str(tmp_path)))
+    student = gd.Student(cfg, "mdlm", 36)
+    with pytest.raises(gd.UserError, match="this run itself"):
+        gd.start_weights(student, cfg, gd.load_data(cfg))
