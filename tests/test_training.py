@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import config as settings
+import config
 import gumbel_distill as gd
 from conftest import CPU, ROOT, tiny_config
 from data import Tokenizer
@@ -698,7 +699,7 @@ def test_the_error_of_one_training_ends_those_beside_it_at_once():
     ended = []
 
     def trains():
-        while not config.STOP.wait(0.01):
+        while not settings.STOP.wait(0.01):
             pass
         ended.append(True)
 
@@ -707,8 +708,8 @@ def test_the_error_of_one_training_ends_those_beside_it_at_once():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     with pytest.raises(gd.UserError, match="no finite loss"):
-        config.side_by_side([trains, fails], cfg)
-    assert ended == [True] and not config.STOP.is_set()
+        settings.side_by_side([trains, fails], cfg)
+    assert ended == [True] and not settings.STOP.is_set()
     torch.set_num_threads(threads)
 
 
