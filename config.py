@@ -9,6 +9,7 @@ import datetime
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -88,6 +89,14 @@ def run_cli(main):
         goes_on = f"; the same command goes on from {SAVED[-1]}" if SAVED else ""
         print("stopped" + goes_on, file=sys.stderr)
         sys.exit(130)
+
+
+def learning_rate(cfg, step):
+    """Linear warm-up to cfg.lr; the schedule "cosine" scales it by 1 at step 0 to 0 at the end."""
+    rate = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
+    if cfg.schedule == "cosine":
+        rate *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.max_steps)
+    return rate
 
 
 STOP = threading.Event()            # set: trainings in other threads end after their step
@@ -245,6 +254,8 @@ def resolve(cfg):
     if cfg.block_size < cfg.seq_len:  # MDLM in blocks is BD3-LM
         cfg.students = [name.replace("mdlm", "bd3lm") for name in cfg.students]
     cfg.students = list(dict.fromkeys(cfg.students))            # each once
+    if os.path.abspath(cfg.init_from) == os.path.abspath(f"{cfg.out_dir}/teacher.pt"):
+        cfg.init_from = "teacher"                               # by its other name
     return cfg
 
 

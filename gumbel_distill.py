@@ -36,7 +36,6 @@ import os
 import time
 from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -45,8 +44,8 @@ from tqdm import tqdm
 
 from config import EXAMPLES, RANK, SHAPE, STOP, STUDENT_SETTINGS, STUDENTS, TEACHER_SETTINGS, WORLD
 from config import Config, Parser, UserError, add_flags, check_equal, join_group, load_checkpoint
-from config import print_table, report, resolve, resume, run_cli, save_checkpoint, side_by_side
-from config import weights_id
+from config import learning_rate, print_table, report, resolve, resume, run_cli, save_checkpoint
+from config import side_by_side, weights_id
 from data import Data, Tokenizer, load_data, load_pretrained, show_all, token_entropy
 
 
@@ -125,8 +124,7 @@ class Transformer(nn.Module):
         """Embeddings x (B, T, C) at positions pos (T,) -> hidden states (B, T, C).
         mask        (T, S) bool, True where a position may look; None: causal or full attention
         cache       KVCache of the tokens before x; with a causal one x has one token
-        add_drafts  function of hidden states, called at each quarter of the layers (our student)
-        """
+        add_drafts  function of hidden states, called at each quarter of the layers (ours)"""
         T, start = x.size(1), cache.start if cache else 0
         if pos is None:
             pos = torch.arange(start, start + T, device=x.device)
@@ -230,8 +228,7 @@ def posterior_gumbel(logp, x0, generator):
     Returns: xi (..., V) of logp's dtype; argmax(logp + xi) == x0 (float32 rounding picks another
              token about once in 1e6 positions); xi is iid Gumbel(0,1) when x0 ~ p
     Raises:  ValueError if the shapes disagree
-    Official code: utils.py get_posterior_gumbel.   Test: tests/test_gumbel.py
-    """
+    Official code: utils.py get_posterior_gumbel.   Test: tests/test_gumbel.py"""
     if logp.shape[:-1] != x0.shape:
         raise ValueError(f"logp {tuple(logp.shape)} and x0 {tuple(x0.shape)} disagree")
     E = sample_exponential(logp.shape, generator, logp.dtype)
@@ -246,8 +243,8 @@ def posterior_gumbel(logp, x0, generator):
 @torch.no_grad()
 def serial_extraction(teacher, xi, xt=None):
     """Serial extraction: sample the teacher with recorded noise, x_i = argmax(logp_i + xi_i).
-    Fresh xi (B, T, V) gives an exact sample x0 (B, T), tau * xi one at temperature tau. Known
-    tokens of xt (B, T) are kept; xt is V elsewhere. Takes T cached passes."""
+    Fresh xi (B, T, V) gives an exact sample x0 (B, T), tau * xi one at temperature tau. Tokens of
+    xt (B, T) that are not V are kept. Takes T cached passes."""
     B, T, V = xi.shape
     net = teacher.net
     cache = KVCache()
@@ -300,8 +297,7 @@ class Student(nn.Module):
     def forward(self, xt, xi=None, x0=None):
         """Logits at the masked positions of xt (B, T), row by row: (M, V).
         xi  (M, V) Gumbel noise of these positions, in the same order
-        x0  is not read here. In section 7 a block of xt reads the blocks of x0 before it
-        """
+        x0  is not read here. In section 7 a block of xt reads the blocks of x0 before it"""
         return self.logits(xt, xi, torch.arange(xt.size(1), device=xt.device))
 
     def logits(self, xt, xi, pos, mask=None, cache=None):
@@ -341,10 +337,6 @@ class Student(nn.Module):
         """nfe, but at most one function evaluation a token."""
         return min(nfe, self.seq_len)
 
-    def write(self, xi, u, xt=None, **settings):
-        """Texts (B, T) long from the noise, by `sample`."""
-        return sample(self, xi, u, xt=xt, **settings)
-
 
 def put(x, is_masked, embeddings):
     """x (B, T, C) with embeddings (M, C) at its masked positions."""
@@ -376,8 +368,7 @@ def student_loss(student, teacher, x0, t, generator, xi=None):
           x0 (B, T) long;  t (B, 1) in (0, 1], one time a text (one a block in section 7)
           generator of the mask and of the noise
           xi (B, T, V): recorded noise of x0 (serial extraction), in place of posterior noise
-    Official code: diffusion.py.   Test: tests/test_models.py
-    """
+    Official code: diffusion.py.   Test: tests/test_models.py"""
     # 1. mask each token of x0 with probability t. Logits and noise are computed for these only
     t = t.repeat_interleave(x0.size(1) // t.size(1), dim=1)     # (B, T)
     xt = q_sample(x0, t, student.mask_id, generator)
@@ -413,9 +404,9 @@ def sequence_noise(seed, index, seq_len, model):
 
 
 def fill_steps(is_masked, u, steps):
-    """The step 1..steps that fills each masked token (B, T), from u (B, T) in [0, 1); elsewhere 0.
-    As in MDLM's ancestral sampler a token is filled when time falls below its u. So a step from
-    time t to s fills a masked token with probability (t - s) / t."""
+    """The step 1..steps that fills each masked token (B, T): that in which time falls below its u
+    in [0, 1). So a step from time t to s fills a masked token with probability (t - s) / t, as
+    MDLM's ancestral sampler does. Elsewhere 0."""
     return is_masked * (steps * (1 - u)).ceil()
 
 
@@ -437,8 +428,7 @@ def draw_tokens(logits, u, temperature, top_p):
 def denoise(predict, xt, xi, u, steps, tau=1.0, temperature=0.0, top_p=1.0, on_step=None):
     """Fill the masked tokens of xt (B, T), in place, in `steps` steps from time 1 to time 0.
     predict: the student, a function of xt and of the noise (M, V) of its masked tokens
-    tau scales the noise xi (B, T, V); temperature and top_p: see draw_tokens
-    on_step is called with the text after each step that fills a token"""
+    tau scales the noise xi (B, T, V).  on_step(text): called after a step.  See also draw_tokens"""
     mask_id = xi.size(-1)
     fill_step = fill_steps(xt == mask_id, u[:, 0], steps)       # (B, T)
     for k in range(1, steps + 1):                               # time falls to 1 - k / steps
@@ -458,11 +448,13 @@ def denoise(predict, xt, xi, u, steps, tau=1.0, temperature=0.0, top_p=1.0, on_s
 def sample(student, xi, u, nfe, xt=None, **settings):
     """Write texts (B, T) long in at most nfe calls of the student, from sequence_noise's draws.
     Known tokens of xt (B, T) are kept; xt is mask_id elsewhere. settings: those of denoise.
-    Official code: diffusion.py _ddpm_caching_sampler_w_gumbel, tau 0.85, temperature 1, top_p 0.9
-    """
+    Official code: diffusion.py _ddpm_caching_sampler_w_gumbel (tau .85, temperature 1, top_p .9)"""
     text = open_text(xi, xt)
     denoise(student, text, xi, u, nfe, **settings)
     return text
+
+
+Student.write = sample              # as Teacher.write: all models write by a method of this name
 
 
 def open_text(xi, xt):
@@ -589,14 +581,6 @@ def load_model(path, device):
     return model.to(device).eval().requires_grad_(False), tokenizer, saved
 
 
-def learning_rate(cfg, step):
-    """Linear warm-up to cfg.lr; the schedule "cosine" scales it by 1 at step 0 to 0 at the end."""
-    rate = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
-    if cfg.schedule == "cosine":
-        rate *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.max_steps)
-    return rate
-
-
 def backward(model, loss_fn, data, cfg, step):
     """Gradients of one step's batch, whose pieces the processes share out; returns its loss."""
     loss = torch.zeros((), device=cfg.device)
@@ -621,8 +605,7 @@ def backward(model, loss_fn, data, cfg, step):
 
 
 def compile_layers(model):
-    """torch.compile each layer and, for any number of masked tokens, the loss. A model of
-    transformers stays as it is."""
+    """torch.compile layers and loss; for any number of tokens. Models of transformers stay."""
     if isinstance(model.net, Transformer):
         for layer in model.net.layers:
             layer.compile()
@@ -634,9 +617,8 @@ def train(model, loss_fn, data, cfg, names, **settings):
     """Train a Teacher or Student, or go on from its checkpoint: bit for bit on a CPU with as many
     threads. All draws are keyed by (seed, step, piece). So the step is all there is to save of the
     random state, and N processes take the steps of one, up to rounding. loss_fn(model, x0, t,
-    generator, index) is the loss of the sequences number `index` (b,). A checkpoint of other
-    settings (those of cfg with these `names`, and `settings`) is refused. Returns the averaged
-    weights, a model."""
+    generator, index) is the loss of sequences number `index` (b,). A checkpoint of other settings
+    (cfg's with these `names`, and `settings`) is refused. Returns the averaged weights, a model."""
     settings.update({name: getattr(cfg, name) for name in names}, data=data.fingerprint,
                     tokens=data.tokenizer.fingerprint)
     path = f"{cfg.out_dir}/{model.name}.pt"
@@ -654,8 +636,8 @@ def train(model, loss_fn, data, cfg, names, **settings):
           f"{math.log(model.vocab_size):.2f} | from step {step}/{cfg.max_steps}", flush=True)
 
     start, first_step, losses = time.time(), step, []
-    is_silent = True if RANK > 0 else None                      # None: where there is no terminal
-    bar = tqdm(total=cfg.max_steps, initial=step, desc=model.name, disable=is_silent)
+    silent = True if RANK > 0 else None                         # None: where there is no terminal
+    bar = tqdm(total=cfg.max_steps, initial=step, desc=model.name, disable=silent)
     while step < cfg.max_steps and not STOP.is_set():
         losses.append(backward(model, loss_fn, data, cfg, step))
         # a rare batch with a huge gradient must not undo what was learned
@@ -674,7 +656,6 @@ def train(model, loss_fn, data, cfg, names, **settings):
         loss, losses = torch.stack(losses).mean().item(), []
         if RANK > 0:  # process 0 validates, logs and saves for all
             continue
-
         seconds = time.time() - start
         row = dict(model=model.name, step=step, seconds=seconds, lr=lr, grad=grad.item(), loss=loss)
         row["val"] = validation_loss(ema, loss_fn, data, cfg)
@@ -696,8 +677,7 @@ def train(model, loss_fn, data, cfg, names, **settings):
 
 @torch.no_grad()
 def validation_loss(model, loss_fn, data, cfg):
-    """Mean loss on fixed rows, times, masks and noise: NLL, NELBO or, with noise, no likelihood.
-    Its times lie in [T_MIN, 1] whatever --t-min says, so that such runs compare."""
+    """Mean loss on fixed rows, masks, noise, times in [T_MIN, 1]: NLL; without noise NELBO."""
     x0 = data.val_rows(8 * cfg.batch_size).to(cfg.device)
     t = stratified_times(torch.full((len(x0), cfg.n_blocks), 0.5, device=cfg.device))
     total = 0.0
@@ -728,11 +708,10 @@ def load_teacher(path, tokenizer, cfg):
 
 
 def teacher_data(teacher, data, cfg):
-    """The teacher's own texts as training data, by serial extraction from noise that only a seed
-    tells. For mdlm it is sequence-level KD (knowledge distillation)."""
+    """The teacher's own texts as data, by serial extraction; for mdlm it is sequence-level KD."""
     n = min(len(data.train) // cfg.seq_len, cfg.max_steps * cfg.batch_size)
     x = generate(teacher, n, cfg.seq_len, (cfg.seed, "labels"), progress="serial extraction")
-    tokens = x.cpu().numpy().astype(np.uint16).ravel()
+    tokens = x.cpu().numpy().astype("uint16").ravel()
     return Data(tokens, data.val, cfg.seq_len, data.tokenizer, stride=cfg.seq_len)
 
 
@@ -742,8 +721,6 @@ def start_weights(student, cfg, data):
     if cfg.init_from == "scratch":
         return own
     path = cfg.init_from
-    if os.path.dirname(os.path.abspath(path)) == os.path.abspath(cfg.out_dir):
-        raise UserError(f"--init-from {path}: this run itself writes it; use another --out-dir")
     if path == "teacher":
         path = cfg.teacher or f"{cfg.out_dir}/teacher.pt"
     saved = load_checkpoint(path)
@@ -784,9 +761,8 @@ def train_student(student, cfg, teacher, data, loss=student_loss):
 # 9. Table: quality, spread, and agreement with the teacher for each number of steps
 @torch.no_grad()
 def compare_with_teacher(x, teacher_text, teacher):
-    """How near texts x (N, T) are to the teacher, whose texts from the same noise are teacher_text.
-    teacher_nll             -log p of x under the teacher, nats per token
-    agree_token, agree_seq  share of tokens, of whole texts, equal to teacher_text"""
+    """teacher_nll: -log p of texts x (N, T) under the teacher, nats per token;  agree_token and
+    agree_seq: share of tokens and of whole texts equal to teacher_text, from the same noise."""
     nll = 0.0
     for index in sampling_batches(len(x), x.size(1), teacher.vocab_size):
         rows = x[index]                                         # (B, T)
@@ -797,8 +773,7 @@ def compare_with_teacher(x, teacher_text, teacher):
 
 
 def sampler_settings(student, cfg):
-    """All combinations of nfe, tau and temperature, as keyword arguments of write. nfe is made
-    possible; without noise there is one tau."""
+    """Keyword arguments of write: all combinations of possible nfe, tau (of noise), temperature."""
     nfes = dict.fromkeys(student.possible_nfe(nfe) for nfe in cfg.nfe)
     taus = cfg.tau if student.reads_noise else [1.0]
     for tau, temperature, nfe in itertools.product(taus, cfg.temperature, nfes):
@@ -807,15 +782,14 @@ def sampler_settings(student, cfg):
 
 def evaluate(teacher, students, data, cfg):
     """The rows of results.json: one dict for each model and setting of the sampler."""
-    n = cfg.n_samples
-    teacher_text = generate(teacher, n, cfg.seq_len, cfg.seed)
+    teacher_text = generate(teacher, cfg.n_samples, cfg.seq_len, cfg.seed)
 
     def judged(name, x, **about):
         return {"model": name, **about, **data.judge(x), "entropy": token_entropy(x),
                 **compare_with_teacher(x, teacher_text, teacher)}
 
     def written(student, settings):
-        x = generate(student, n, cfg.seq_len, cfg.seed, **settings)
+        x = generate(student, cfg.n_samples, cfg.seq_len, cfg.seed, **settings)
         return judged(student.name, x, **settings)
 
     rows = [judged("teacher", teacher_text, nfe=cfg.seq_len),
@@ -868,8 +842,8 @@ def run(cfg):
     for student in students:
         how = dict(nfe=student.possible_nfe(3), temperature=float(not student.reads_noise))
         x = generate(student, 3, cfg.seq_len, cfg.seed, **how)
-        print(f"\n{student.name} writes, in {how['nfe']} steps:")
-        print(show_all(x, cfg.dataset, data.tokenizer))
+        shown = show_all(x, cfg.dataset, data.tokenizer)
+        print(f"\n{student.name} writes, in {how['nfe']} steps:\n{shown}")
     print(f"\nAll this is in {cfg.out_dir}; see more texts with: python sample.py")
     return rows
 

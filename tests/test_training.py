@@ -718,9 +718,7 @@ def test_a_student_that_is_named_twice_is_trained_once():
     assert cfg.students == ["bd3lm", "gumbel"]
 
 
-def test_a_start_that_the_run_itself_writes_is_refused(tmp_path):
-    cfg = gd.resolve(gd.Config(**CPU, init_from=str(tmp_path / "teacher.pt"),
-                               out_dir=str(tmp_path)))
-    student = gd.Student(cfg, "mdlm", 36)
-    with pytest.raises(gd.UserError, match="this run itself"):
-        gd.start_weights(student, cfg, gd.load_data(cfg))
+def test_the_runs_own_teacher_is_known_by_its_path_too(tmp_path):
+    for path in (f"{tmp_path}/teacher.pt", f"{tmp_path}/../{tmp_path.name}/teacher.pt"):
+        cfg = gd.resolve(gd.Config(**CPU, init_from=path, out_dir=str(tmp_path)))
+        assert cfg.init_from == "teacher"
