@@ -146,13 +146,6 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits, x0, reduction="none")
 
 
-def aligned(x, dim):
-    """On a card: x (., .) with zeros up to a multiple of 64 in dimension dim. With V = 50,257 rows
-    that are not aligned make a product take three to five times as long."""
-    n = -x.size(dim) % 64 if x.is_cuda else 0
-    return F.pad(x, (0, n) if dim == 1 else (0, 0, 0, n))
-
-
 # -----------------------------------------------------------------------------
 # 2. Teacher: an AR language model
 class Teacher(nn.Module):
@@ -336,6 +329,13 @@ class Student(nn.Module):
     def possible_nfe(self, nfe):
         """nfe, but at most one function evaluation a token."""
         return min(nfe, self.seq_len)
+
+
+def aligned(x, dim):
+    """On a card: x (., .) with zeros up to a multiple of 64 in dimension dim. With V = 50,257 rows
+    that are not aligned make a product take three to five times as long."""
+    n = -x.size(dim) % 64 if x.is_cuda else 0
+    return F.pad(x, (0, n) if dim == 1 else (0, 0, 0, n))
 
 
 def put(x, is_masked, embeddings):

@@ -82,8 +82,7 @@ def teacher_of(path, saved, tokenizer, cfg):
     """The teacher named by --teacher, or the one that the student at `path` learned from."""
     name = cfg.teacher or os.path.join(os.path.dirname(path), "teacher.pt")
     teacher = load_teacher(name, tokenizer, cfg)
-    expected = saved["settings"]["teacher"]                     # None where MDLM needed none
-    if expected and weights_id(teacher) != expected:
+    if saved["settings"]["teacher"] not in (None, weights_id(teacher)):     # MDLM may need none
         print(f"note: {name} is not this student's teacher", file=sys.stderr)
     return teacher
 
@@ -334,14 +333,12 @@ def checked_prompt(args, models, tokenizer, cfg):
     # how many tokens each model sees at once; a teacher goes token by token
     sizes = [getattr(model, "block_size", 1) for model in models]
     is_drafter = models[0].name != "teacher" and sizes[0] == cfg.seq_len
-    lost = None                                                 # a cell that no path has there
-    if cfg.dataset == "maze":
-        cells = [set(at_place) | {tokenizer.vocab_size} for at_place in zip(*maze_paths())]
-        lost = next((i for i, cell in enumerate(known.tolist()) if cell not in cells[i]), None)
+    cells = zip(*maze_paths()) if cfg.dataset == "maze" else []            # of all paths, by place
+    is_lost = any(cell not in (*at_place, tokenizer.vocab_size)
+                  for cell, at_place in zip(known.tolist(), cells))
     for is_wrong, message in [
-            (lost is not None, f"--prompt {args.prompt!r}: no path has its cell number "
-             f"{(lost or 0) + 1} there. A path is ten moves from a1 to f6; a1, the start, is no "
-             "token, so begin with a2 or b1, and write _ for a gap"),
+            (is_lost, f"--prompt {args.prompt!r}: no path has these cells there. A path is ten "
+             "moves from a1, which is no token, to f6: begin with a2 or b1, and write _ for a gap"),
             (len(models) > 1 and not args.animate,
              "--ckpt: give one checkpoint without --animate; judge.py compares several"),
             (args.animate and (is_verified or args.out),
