@@ -120,7 +120,7 @@ def without_gradient(real):
 @pytest.mark.parametrize("check, where, name, wrap", [
     (gpu.check_losses, gd.Transformer, "logits", without_gradient),
     (gpu.check_losses, gd, "student_loss", every_second_time(lambda loss: 1.001 * loss)),
-    (gpu.check_samplers, gd, "sample", every_second_time(lambda x: x.roll(1))),
+    (gpu.check_samplers, gd.Student, "write", every_second_time(lambda x: x.roll(1))),
     (gpu.check_posterior, gd, "posterior_gumbel",
      lambda real: lambda logp, x0, g: gd.sample_gumbel(logp.shape, g)),
     (gpu.check_posterior, gd, "posterior_gumbel", lambda real: lambda *args: real(*args) + 0.01),
