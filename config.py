@@ -92,7 +92,8 @@ def run_cli(main):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up to cfg.lr; the schedule "cosine" scales it by 1 at step 0 to 0 at the end."""
+    """Linear warm-up to cfg.lr. The schedule "cosine" multiplies it by a factor that falls from 1
+    at step 0 to 0 at the end."""
     rate = cfg.lr * min(1, (step + 1) / (cfg.warmup + 1))
     if cfg.schedule == "cosine":
         rate *= 0.5 + 0.5 * math.cos(math.pi * step / cfg.max_steps)
@@ -103,8 +104,9 @@ STOP = threading.Event()            # set: trainings in other threads end after 
 
 
 def side_by_side(jobs, cfg):
-    """What the jobs (functions) return. Small models leave cores of a CPU idle, so there each job
-    has a thread of its own. Dropout's random numbers belong to the process: then one by one."""
+    """Run jobs (functions), and return what they return. Small models leave cores of a CPU idle, so
+    there each job has a thread of its own. With dropout the jobs run one by one, because its random
+    numbers come from the generator of the process."""
     is_plain = cfg.device == "cpu" and not cfg.compile and cfg.dropout == 0 and WORLD == 1
     if len(jobs) < 2 or not is_plain:
         return [job() for job in jobs]

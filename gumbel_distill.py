@@ -110,8 +110,8 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
         self.head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         for name, p in self.named_parameters():
-            # As GPT-2. But a student's attention begins larger in a narrow model (0.02 at width
-            # 768). With 0.02 it stays flat for long, and MDLM predicts mere token frequencies.
+            # As GPT-2. But a narrow student needs larger attention weights (0.02 at width 768): with
+            # 0.02 its attention stays uniform for long, and MDLM predicts mere token frequencies.
             std = 0.02
             if name.endswith("out.weight"):
                 std = 0.02 / math.sqrt(2 * cfg.n_layer)
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
     def forward(self, x, mask=None, pos=None, cache=None, add_drafts=None):
         """Embeddings x (B, T, C) at positions pos (T,) -> hidden states (B, T, C).
         mask        (T, S) bool, True where a position may look; None: causal or full attention
-        cache       KVCache of the tokens before x; with a causal one x has one token
+        cache       KVCache of the tokens before x; a causal net then reads one token at a time
         add_drafts  function of hidden states, called at each quarter of the layers (ours)"""
         T, start = x.size(1), cache.start if cache else 0
         if pos is None:
@@ -181,7 +181,7 @@ class Teacher(nn.Module):
 
 
 def teacher_loss(teacher, x0, *_):
-    """Cross-entropy of x0 (B, T), in nats per token. (train hands every loss more than that.)"""
+    """Cross-entropy of x0 (B, T), in nats per token. (train passes more, which is not read.)"""
     logits = teacher.net.logits(teacher.hidden(x0).flatten(0, 1))           # (B T, V)
     return teacher.net.nll(logits, x0.flatten()).mean()
 
@@ -213,7 +213,7 @@ def sample_gumbel(shape, generator, dtype=torch.float32):
 
 
 def posterior_gumbel(logp, x0, generator):
-    """Draw the noise that would have made the teacher pick x0: parallel extraction (Theorem 4.1).
+    """Draw noise with which the teacher would have picked x0: parallel extraction (Theorem 4.1).
     With p = exp(logp) and E, E0 ~ Exp(1):   xi[k]  = -log(E[k] + p[k] E0)      for the losers
                                              xi[x0] = -log E0 - log p[x0]       for the winner
     This is the paper's formula with zeta = -log E, in a form that cannot overflow.
@@ -605,7 +605,7 @@ def backward(model, loss_fn, data, cfg, step):
 
 
 def compile_layers(model):
-    """torch.compile layers and loss; for any number of tokens. Models of transformers stay."""
+    """torch.compile each layer, and the loss for any M. Models of transformers stay as they are."""
     if isinstance(model.net, Transformer):
         for layer in model.net.layers:
             layer.compile()

@@ -722,3 +722,30 @@ def test_the_runs_own_teacher_is_known_by_its_path_too(tmp_path):
     for path in (f"{tmp_path}/teacher.pt", f"{tmp_path}/../{tmp_path.name}/teacher.pt"):
         cfg = gd.resolve(gd.Config(**CPU, init_from=path, out_dir=str(tmp_path)))
         assert cfg.init_from == "teacher"
+
+
+def test_trainings_side_by_side_end_with_the_weights_of_one_after_the_other(tmp_path):
+    """So they draw nothing from the generator of the process, which all threads share."""
+    threads, ended = torch.get_num_threads(), []
+    for n in (1, 2):                                            # with one thread: one by one
+        torch.set_num_threads(n)
+        cfg = gd.Config(**CPU, max_steps=12, eval_every=12, batch_size=4, n_samples=4, n_embd=16,
+                        n_layer=1, nfe=[1], out_dir=str(tmp_path / str(n)))
+        gd.run(cfg)
+        ended.append([gd.load_model(f"{cfg.out_dir}/{name}.pt", "cpu")[0].state_dict()
+                      for name in ("teacher", "mdlm", "gumbel", "gumbel-draft")])
+    torch.set_num_threads(threads)
+    for one, other in zip(*ended):
+        assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_step_without_dropout_leaves_the_generator_of_the_process_alone(dropout, tmp_path):
+    cfg, data = gd.prepare(config(tmp_path, dropout=dropout))
+    student = gd.Student(cfg, "mdlm", data.tokenizer.vocab_size)
+
+    def loss(model, x0, t, generator, index):
+        return gd.student_loss(model, None, x0, t, generator)
+    before = torch.get_rng_state()
+    gd.backward(student, loss, data, cfg, 0)
+    assert torch.get_rng_state().equal(before) == (dropout == 0)
