@@ -110,8 +110,8 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(cfg.n_embd, bias=False)
         self.head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         for name, p in self.named_parameters():
-            # As GPT-2. But a narrow student needs larger attention weights (0.02 at width 768): with
-            # 0.02 its attention stays uniform for long, and MDLM predicts mere token frequencies.
+            # As GPT-2. A narrow student needs larger attention weights (0.02 at width 768): with
+            # 0.02 its attention stays uniform for long, and MDLM predicts mere frequencies.
             std = 0.02
             if name.endswith("out.weight"):
                 std = 0.02 / math.sqrt(2 * cfg.n_layer)
