@@ -51,8 +51,9 @@ TABLES = {  # settings that all runs of a table share; lists of those that diffe
         dict(t_min=[1e-3, 0.1, 0.3], lr=[2e-3]), dict(t_min=[0.1], lr=[1e-3, 4e-3])]),
     "news": (dict(dataset="lm1b", tokenizer="gpt2-4096", seq_len=32, n_layer=4, n_head=4,
                   n_embd=128, dropout=0.0, batch_size=256, grad_accum=1, lr=2e-3, warmup=100,
-                  schedule="cosine", ema=0.999, max_steps=2500, teacher_steps=2500), [
-        dict(init_from=STARTS, seed=[0])]),
+                  schedule="cosine", ema=0.999, max_steps=2500, teacher_steps=2500, judge_steps=1000,
+                  dtype="bfloat16", compile=True), [
+        dict(init_from=["teacher"], seed=[0]), dict(init_from=["scratch"], seed=[0])]),
 }
 # How all students write: at each of these (tau, temperature, top_p). MDLM reads no noise, so tau is
 # 1 for it. The last is the official draw.
@@ -72,6 +73,7 @@ def jobs_of(name, args):
     for job in jobs:
         if args.max_steps:
             job["max_steps"] = job["teacher_steps"] = args.max_steps
+            job.pop("judge_steps", None)
         about = {key: job[key] for key in ("student", "seq_len", "init_from", "labels", "max_steps",
                                            "t_min", "lr", "seed") if key in job}
         job["batch_size"] = job["batch_size"] * shared["seq_len"] // job["seq_len"]
@@ -85,16 +87,15 @@ def jobs_of(name, args):
 def config_of(job, **more):
     fields = {field.name for field in dataclasses.fields(Config)}
     given = {key: value for key, value in job.items() if key in fields}
-    on_card = torch.cuda.is_available()
-    return gd.resolve(Config(**{**given, "device": "cuda" if on_card else "cpu",
-                                "dtype": "float32", "compile": False, **more}))
+    return gd.resolve(Config(**{"dtype": "float32", "compile": False, **given, **more}))
 
 
 def ar_model(job, seed, kind):
     """Train the teacher or the judge of the texts of this length; returns the path."""
     folder = f"{job['folder']}/{kind}-{job['seq_len']}"
     start = dict(init_from="scratch", labels="data")
-    cfg = config_of({**job, **start}, max_steps=job["teacher_steps"], seed=seed, out_dir=folder)
+    steps = job.get(f"{kind}_steps", job["teacher_steps"])
+    cfg = config_of({**job, **start}, max_steps=steps, seed=seed, out_dir=folder)
     with quiet(folder):
         gd.get_teacher(cfg, load_data(cfg))
     return f"{folder}/teacher.pt"

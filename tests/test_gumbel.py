@@ -44,14 +44,25 @@ def pinned_coupling(logp, x0, generator):
     return xi.scatter(-1, winner, torch.maximum(pinned, xi.gather(-1, winner)))
 
 
+def one_clock(logp, x0, generator):
+    """Theorem 4.1 with one E' for all losers: right token, right law of each token, wrong joint."""
+    E, E0 = gd.sample_exponential((2, *x0.shape, 1), generator, logp.dtype)
+    xi = -(E + logp.exp() * E0).log()
+    winner = x0[..., None]
+    return xi.scatter(-1, winner, -E0.log() - logp.gather(-1, winner))
+
+
 def rejection_statistics(coupling, token):
-    """KS statistics, one per token: a coupling's noise against prior noise with argmax = token."""
+    """KS statistics of a coupling's noise against prior noise with argmax = token: one for each
+    token, and the last of a difference of two losers."""
     g = gd.rng("rejection", token)
     xi = gd.sample_gumbel((400_000, 5), g, torch.float64)
     kept = xi[(LOGP + xi).argmax(-1) == token][:20_000]
     x0 = torch.full((20_000,), token)
     drawn = coupling(LOGP.expand(len(x0), 5), x0, g)
-    return [ks_two_sample(kept[:, k], drawn[:, k]) for k in range(5)]
+    statistics = [ks_two_sample(kept[:, k], drawn[:, k]) for k in range(5)]
+    a, b = [k for k in range(5) if k != token][:2]
+    return statistics + [ks_two_sample(kept[:, a] - kept[:, b], drawn[:, a] - drawn[:, b])]
 
 
 def test_gumbel_noise_has_the_gumbel_law():
@@ -97,8 +108,10 @@ def test_posterior_is_what_rejection_keeps(token):
     assert max(rejection_statistics(gd.posterior_gumbel, token)) < KS_LIMIT
 
 
-def test_rejection_catches_the_pinned_coupling():
+def test_rejection_catches_the_pinned_coupling_and_losers_that_move_together():
     assert max(rejection_statistics(pinned_coupling, 1)) > 5 * KS_LIMIT
+    *each, together = rejection_statistics(one_clock, 1)        # a token alone does not show it
+    assert max(each) < KS_LIMIT and together > 5 * KS_LIMIT
 
 
 def test_posterior_noise_of_the_teachers_own_tokens_is_iid_gumbel():

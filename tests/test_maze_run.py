@@ -9,7 +9,7 @@ import torch
 import data
 import gumbel_distill as gd
 import sample
-from conftest import maze_config
+from conftest import ROOT, maze_config
 
 
 def row(rows, model, nfe=None, temperature=0.0):
@@ -120,3 +120,32 @@ def test_a_prompt_that_no_path_has_is_refused(prompt, maze_run, cli):
     folder, _ = maze_run
     status, _, err = cli(sample.main, "--ckpt", folder / "mdlm.pt", "--prompt", prompt)
     assert status == 1 and repr(prompt) in err and err.count("\n") == 1
+
+
+def test_infilling_is_compared_with_the_paths_that_have_both_ends(
+        maze_run, monkeypatch, capsys, cli):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import infilling
+    everywhere = torch.tensor(data.maze_paths())                # (51, 10)
+    seen = []
+
+    def generate(model, n, seq_len, known):
+        """Every path with these ends equally often; only the first of them; or the goal alone."""
+        is_open = known == 36
+        same = everywhere[((everywhere == known) | is_open).all(dim=1)]
+        seen.append(len(same))
+        if model == "exact":
+            return same.repeat(n // len(same), 1)
+        if model == "one path":
+            return same[:1].repeat(n, 1)
+        return torch.where(is_open, 35, known).repeat(n, 1)
+    monkeypatch.setattr(infilling, "generate", generate)
+    assert infilling.scores("exact", 2) == dict(valid=1, tv=0)
+    one = infilling.scores("one path", 2)
+    expected = sum(k - 1 for k in seen[:len(seen) // 2]) / sum(seen[:len(seen) // 2])
+    assert one["valid"] == 1 and one["tv"] == pytest.approx(expected)
+    assert infilling.scores("wrong", 2) == dict(valid=0, tv=1)
+    monkeypatch.undo()
+    status, said, err = cli(infilling.main, maze_run[0], maze_run[0], "-n", 2)
+    assert status == 0 and said.count("gumbel-draft") == 4, err
+    assert said.count("± 0.0%") == 13                           # twice the same run
