@@ -1,7 +1,7 @@
 """What the chapters share, and a command for those who teach, and for the README's pictures.
 
     python notebooks/classroom.py --hand-out FOLDER   # the chapters without outputs and answers
-    python notebooks/classroom.py --models            # pack out/maze into notebooks/models
+    python notebooks/classroom.py --models            # pack out/maze into notebooks/models/maze
     python notebooks/classroom.py --address https://github.com/you/project       # badges for Colab
     python notebooks/classroom.py                     # the README's two pictures, of out/maze
     python notebooks/classroom.py --log out/maze      # a run's log.jsonl, as out/maze/log.png
@@ -76,9 +76,21 @@ def size(n):
     return min(n, 30) if os.environ.get("GD_SMALL") else n
 
 
-def load_models(*names, folder=MODELS):
-    """The maze's models of these names, which come with the course."""
-    return [gd.load_model(f"{folder}/{name}.pt", "cpu")[0] for name in names]
+def load_models(*names, of="maze"):
+    """The models of these names that come with the course, in the folder models/OF."""
+    return [gd.load_model(f"{MODELS}/{of}/{name}.pt", "cpu")[0] for name in names]
+
+
+def load_tokenizer(of):
+    return gd.load_model(f"{MODELS}/{of}/teacher.pt", "cpu")[1]
+
+
+def texts_of(teacher, tokenizer, n, seq_len):
+    """n texts that a teacher writes, as data to train on; the last tenth is for validation."""
+    n = size(n)
+    tokens = gd.generate(teacher, n, seq_len, "texts of the teacher").numpy().astype("uint16")
+    train, val = np.split(tokens, [n - n // 10])                # (n, T) in two
+    return data.Data(train.ravel(), val.ravel(), seq_len, tokenizer, stride=seq_len)
 
 
 def quietly(function, *args):
@@ -150,12 +162,34 @@ def is_straight(inequality, n=5000):
     return inequality(*by_theorem, 0, 3).all() and 0.45 < share < 0.55
 
 
+def is_share_of_abab(share):
+    """2.1: A with probability a at positions 1 and 3, and with 1 - a at 2 and 4."""
+    return all(abs(share(a) - a**4 - (1 - a)**4) < 1e-6 for a in (0.0, 0.5, 0.8))
+
+
 def is_valid_by_chance(number):
     """2.2: ten independent draws, each from its own distribution, are a path."""
     paths = torch.tensor(data.maze_paths())                     # (51, 10)
     share = torch.stack([(paths == cell).double().mean(0) for cell in range(MASK)], dim=-1)
     right = share[torch.arange(10), paths].prod(dim=-1).sum()
     return abs(number - right) < 1e-6
+
+
+def is_break_even(number):
+    """3.4: what a call of the student may cost, in calls of the teacher."""
+    teacher, ours = load_models("teacher", "gumbel-draft")
+    xi, _ = gd.sequence_noise(0, torch.arange(size(1000)), 10, teacher)
+    rounds = [sample.draft_and_verify(student, teacher, xi)[1].double().mean()
+              for student in (None, ours)]
+    return abs(number - (rounds[0] / rounds[1] - 1)) < 0.05
+
+
+def reads_a_curve(nll_at):
+    """4.3: the NLL at an entropy between two points of a curve."""
+    points = (("a", 4, 3.0, 5.0), ("a", 4, 4.0, 7.0), ("a", 4, 3.5, 5.5), ("a", 1, 3.2, 9.0),
+              ("b", 4, 3.2, 1.0))
+    rows = [dict(zip(("model", "nfe", "entropy", "nll"), point)) for point in points]
+    return abs(nll_at(rows, "a", 4, 3.2) - 5.2) + abs(nll_at(rows, "a", 4, 3.75) - 6.25) < 1e-5
 
 
 def keeps_as_many(mean):
@@ -165,20 +199,21 @@ def keeps_as_many(mean):
     return all(abs(mean(case) - right) < 1e-4 for case, right in zip(cases, rights))
 
 
-def overlaps_most(order):
-    """6.1: in this order of the ids a shared u agrees as often as any coupling can."""
-    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]])[:, order]
-    high = torch.minimum(p.cumsum(dim=0), q.cumsum(dim=0))
-    low = torch.maximum(p.cumsum(dim=0) - p, q.cumsum(dim=0) - q)
-    overlap = (high - low).clamp(min=0).sum()
-    return sorted(order) == [0, 1, 2] and abs(overlap - torch.minimum(p, q).sum()) < 1e-4
+def is_bound_of_borders(bound):
+    """6.1: how often a shared u agrees at least, by the places of the borders."""
+    p = torch.full((1, 10), 0.1)
+    q = p + torch.tensor([-0.004, 0.004]).repeat_interleave(5)
+    pairs = torch.rand(2, 50, 4, generator=gd.rng("exercise")).softmax(dim=-1)
+    shift = (pairs[0].cumsum(dim=-1) - pairs[1].cumsum(dim=-1)).abs()
+    is_right = (bound(*pairs) - 1 + shift.sum(dim=-1)).abs().max() < 1e-4
+    return is_right and abs(bound(p, q) - 0.9) < 1e-4
 
 
-def is_gumbel_agreement(probability, n=40_000):
+def is_gumbel_agreement(number, n=40_000):
     """6.3: how often the argmax of two models with shared Gumbel noise is one token."""
     xi = gd.sample_gumbel((n, 3), gd.rng("exercise"))
     tokens = [(p.log() + xi).argmax(dim=-1) for p in THREE]
-    return abs(float(probability(*THREE)) - (tokens[0] == tokens[1]).double().mean()) < 0.02
+    return abs(number - (tokens[0] == tokens[1]).double().mean()) < 0.015
 
 
 EXERCISES = {
@@ -190,30 +225,34 @@ EXERCISES = {
             "Does the winner stay on top?"),
     "1.4": (is_straight, "Write down that k1 beats k2 in the first row, and that k2 beats k1 in "
             "the second. Add the two. The answer is a function of one, two, k1, k2."),
-    "2.1": (has_digest("9b1356fe79"), "The second token does not know the first. Count the pairs."),
+    "2.1": (is_share_of_abab, "Write down the probability of ABAB, and that of BABA. Add the two. "
+            "The answer is a function of a."),
     "2.2": (is_valid_by_chance, "Multiply true_p[i, path[i]] along each path. Then add up over the "
             "paths."),
     "2.3": (has_digest("b07c03b413"), "Half the sum of |share - 1/51| over the 51 paths."),
-    "3.1": (has_digest("fcbcf16590"), "The noise was drawn from the text. What does it know?"),
+    "3.1": (has_digest("1705701365"), "Which of them does Theorem 4.1 make, and from what?"),
     "3.2": (has_digest("2a1558ac34"), "The noise of the moves 1 to i decides move i."),
     "3.3": (lambda count: count(0.0) == 1 and count(1.0) > 5, "A function of tau: generate with "
             "gd.generate(ours, 1000, 10, nfe=1, tau=tau), and count the rows of unique(dim=0)."),
+    "3.4": (is_break_even, "A round with a student costs 1 + c, a round without one costs 1. "
+            "Multiply by the mean numbers of rounds."),
     "4.1": (has_digest("399d0c7e69"), "How many blocks are there? Each takes its own steps."),
     "4.2": (has_digest("ec7eb527d8"), "Each block is one token. Which tokens does the "
             "model see?"),
-    "4.3": (has_digest("16367aacb6"), "Repetition lowers perplexity, and it lowers entropy."),
+    "4.3": (reads_a_curve, "Keep the rows of this model and nfe, sort them by entropy, and "
+            "interpolate (numpy.interp). The answer is a function of rows, model, nfe, entropy."),
     "5.1": (has_digest("3e351a7306"), "Token i + 2 depends on the tokens i and i + 1. What "
             "decides these?"),
     "5.2": (keeps_as_many, "The guess of head k stays if the heads 1 to k are all right: multiply. "
             "The answer is a function of a list."),
     "5.3": (has_digest("baada11eca"), "What does a guess without noise do? And what does the "
             "teacher do with xi? The answer is two numbers."),
-    "6.1": (overlaps_most, "Id 1 has the same length in both. Its interval must not move, so where "
-            "must it stand? The answer is a list of the three ids."),
+    "6.1": (is_bound_of_borders, "F is p.cumsum(dim=-1). Take the distance of the two places of "
+            "each border, and add up over the borders."),
     "6.2": (has_digest("0db1a2957f"), "Which distribution has 1 - u? And which token does "
             "the teacher pick at 1 - u?"),
-    "6.3": (is_gumbel_agreement, "p[None, :] / p[:, None] is a table (V, V) of ratios. Where does "
-            "the maximum go? The answer is a function of p and q."),
+    "6.3": (is_gumbel_agreement, "1 / sum_j max(p_j / p_k, q_j / q_k) is the share of token k. Add "
+            "up over the three."),
 }
 
 
@@ -270,20 +309,37 @@ def hand_out(folder):
 
 
 def pack_models(folder):
-    """The maze's four models of a run's folder into notebooks/models: the averaged weights alone,
-    in half precision, some 400 kB each; and the log of their training."""
-    MODELS.mkdir(exist_ok=True)
-    for name in ("teacher", "mdlm", "gumbel", "gumbel-draft"):
-        saved = config.load_checkpoint(f"{folder}/{name}.pt")
+    """The models of a run's folder out/NAME into notebooks/models/NAME: the averaged weights alone,
+    in half precision, half a megabyte each; and the log of their training."""
+    packed = MODELS / folder.name
+    packed.mkdir(parents=True, exist_ok=True)
+    students = sorted(path.stem for path in folder.glob("*.pt") if path.stem != "teacher")
+    for name in ("teacher", *students):
+        saved = without_bpe(config.load_checkpoint(f"{folder}/{name}.pt"))
         weights = {key: weight.half() for key, weight in saved["ema"].items()}
+        settings = dict(vars(saved["config"]), train_files=None, out_dir=f"out/{folder.name}")
         about = {key: saved[key] for key in ("name", "step", "settings", "tokenizer")}
         if name != "teacher":  # the students belong to the teacher as it is rounded here
-            teacher, = load_models("teacher", folder=MODELS)
+            teacher, = load_models("teacher", of=folder.name)
             about["settings"]["teacher"] = config.weights_id(teacher)
-        config.save_checkpoint(f"{MODELS}/{name}.pt", {}, ema=weights,
-                               config=vars(saved["config"]), **about)
-    shutil.copy(folder / "log.jsonl", MODELS)
-    return MODELS
+        config.save_checkpoint(f"{packed}/{name}.pt", {}, ema=weights, config=settings, **about)
+    shutil.copy(folder / "log.jsonl", packed)
+    return packed
+
+
+def without_bpe(saved):
+    """A checkpoint that has a list of its pieces in place of GPT-2's BPE: it opens without a
+    network. With such a list BOS has an input row of its own, the last one of a teacher; it gets
+    the weights of <|endoftext|>, which was BOS."""
+    tokenizer = data.Tokenizer(**saved["tokenizer"])
+    if tokenizer.words is None:
+        pieces = data.Tokenizer([tokenizer.decode([i]) for i in range(tokenizer.vocab_size)])
+        saved.update(tokenizer=pieces.state)
+        saved["settings"]["tokens"] = pieces.fingerprint
+        if saved["name"] == "teacher":
+            embedding = saved["ema"]["net.embed.weight"]        # (V + 1, C)
+            embedding[-1] = embedding[tokenizer.bos_id]
+    return saved
 
 
 def add_badges(address):
@@ -650,8 +706,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hand-out", metavar="folder", help="write the chapters without outputs "
                         "and answers, for a class, into this new folder")
-    parser.add_argument("--models", action="store_true", help="pack the models of --run into "
-                        "notebooks/models, small enough to come with the course")
+    parser.add_argument("--models", action="store_true", help="pack the models of --run into a "
+                        "folder of notebooks/models, small enough to come with the course")
     parser.add_argument("--address", help="of this project on GitHub: give each chapter a badge "
                         "that opens it in Colab")
     parser.add_argument("--log", metavar="folder", help="draw this run's log.jsonl instead")

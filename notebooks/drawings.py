@@ -16,13 +16,12 @@ def draw_race(T, words):
     figure, axes = plt.subplots(1, len(T), figsize=(10, 1.9), sharey=True, layout="constrained")
     for axis, times in zip(axes, T):
         winner = times.argmin()
-        latest = times.max()
         for k, time in enumerate(times):
             color = RED if k == winner else BLUE
             axis.plot([0, time], [k, k], color=color, lw=1)
             axis.plot(time, k, "o", color=color)
         axis.axvline(times[winner], color=RED, ls=":", lw=1)
-        axis.set(xlabel="time of the ring", xlim=(0, 1.05 * latest), ylim=(len(words) - 0.5, -0.5))
+        axis.set(xlabel="time of the ring", xlim=(0, 1.05 * T.max()), ylim=(len(words) - 0.5, -0.5))
         axis.set_title(f"{words[winner]} rings first", fontsize=10)
     axes[0].set_yticks(range(len(words)), words)
 
@@ -78,13 +77,13 @@ def draw_noise(logp, before, after, x0, words):
     figure, axes = plt.subplots(1, 3, figsize=(10, 2.4), sharey=True, layout="constrained")
     panels = {"logp of the teacher": logp, "logp + fresh noise": logp + before,
               "logp + noise of Theorem 4.1": logp + after}
+    low = min(values[likely].min() for values in panels.values()) - 0.3    # where the bars begin
     for axis, (title, values) in zip(axes, panels.items()):
         values = values[likely]
         colors = [GREY] * len(likely)
         if title != "logp of the teacher":
             colors[values.argmax()] = RED
-        axis.bar(range(len(likely)), values, color=colors)
-        axis.axhline(0, color="black", lw=0.8)
+        axis.bar(range(len(likely)), values - low, bottom=low, color=colors)
         axis.set_xticks(range(len(likely)), names)
         axis.set_title(title, fontsize=10)
     axes[0].set_ylabel("nats")
@@ -109,15 +108,16 @@ def draw_loss(nll, is_masked):
     return figure
 
 
-def draw_training():
-    """Validation loss of the models that come with the course, against the step."""
+def draw_training(of="maze"):
+    """Validation loss of the models in the folder models/OF, against the step."""
     figure, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
-    rows = [json.loads(line) for line in (MODELS / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (MODELS / of / "log.jsonl").read_text().splitlines()]
     for name, (color, marker, title) in STYLE.items():
         points = [(row["step"], row["val"]) for row in rows if row["model"] == name]
         if points:
             axis.plot(*zip(*points), color=color, marker=marker, label=title)
-    axis.axhline(math.log(51) / 10, color="black", lw=0.8, ls=":", label="entropy of the paths")
+    if of == "maze":
+        axis.axhline(math.log(51) / 10, color="black", lw=0.8, ls=":", label="entropy of the paths")
     axis.set(xlabel="step", ylabel="validation loss,\nnats per token", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -126,40 +126,44 @@ def draw_training():
 
 # -----------------------------------------------------------------------------
 # Chapter 4
-def draw_letters(rows, names, right, tokenizer):
-    """Texts (T,) as letters, one text a line: green where they equal `right` (T,), else red.
-    A masked letter is a grey line, the end of a line is /.
+def draw_pieces(rows, names, right, tokenizer, width=105):
+    """Texts (T,) as pieces of words, one text a line, `width` letters of it: green where they equal
+    `right` (T,), else red. A masked piece is a grey line, the end of a line is /.
     """
-    figure, axis = plt.subplots(figsize=(11, 0.3 * len(rows) + 0.1))
-    axis.set(xlim=(-22, len(right)), ylim=(len(rows) - 0.5, -0.5))
+    figure, axis = plt.subplots(figsize=(12, 0.3 * len(rows) + 0.1))
+    axis.set(xlim=(-24, width), ylim=(len(rows) - 0.5, -0.5))
     axis.axis("off")
     for y, (ids, name) in enumerate(zip(rows, names)):
-        axis.text(-22, y, name, fontsize=9, va="center")
-        for x, (i, wanted) in enumerate(zip(ids.tolist(), right.tolist())):
-            letter, color = "_", GREY
+        axis.text(-24, y, name, fontsize=9, va="center")
+        x = 0
+        for i, wanted in zip(ids.tolist(), right.tolist()):
+            piece, color = "__", GREY
             if i < tokenizer.vocab_size:
-                letter = tokenizer.decode([i]).replace("\n", "/")
+                piece = tokenizer.decode([i]).replace("\n", "/")
                 color = GREEN if i == wanted else RED
-            axis.text(x, y, letter, fontsize=10, va="center", family="monospace", color=color,
+            if x + len(piece) > width:
+                break
+            axis.text(x, y, piece, fontsize=8.5, va="center", family="monospace", color=color,
                       parse_math=False)
+            x += len(piece)
     return figure
 
 
 def draw_frontiers(rows, real):
     """NLL against entropy; a panel for each number of steps, a curve for each student. A dotted
-    line is the entropy in `real`, the row of real text."""
+    line is the entropy in `real`, the row of the texts to be like."""
     steps = sorted({row["nfe"] for row in rows})
-    figure, axes = plt.subplots(1, len(steps), figsize=(11, 3.2), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(steps), figsize=(11, 3.2), layout="constrained")
     for axis, nfe in zip(axes, steps):
         for name, (color, marker, title) in STYLE.items():
             points = [(row["entropy"], row["nll"]) for row in rows
                       if (row["model"], row["nfe"]) == (name, nfe)]
             if points:
                 axis.plot(*zip(*points), color=color, marker=marker, ms=5, label=title)
-        axis.axvline(real["entropy"], color="black", ls=":", label="entropy of real text")
+        axis.axvline(real["entropy"], color="black", ls=":", label="the teacher's entropy")
         axis.set(title=f"steps: {nfe}", xlabel="entropy, nats")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("NLL, nats per letter")
+    axes[0].set_ylabel("NLL, nats per token")
     axes[0].legend(fontsize=8)
     return figure
 

@@ -22,12 +22,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WRONG = {
     "1.1": "lambda logp, xi: (logp + 2 * xi).argmax(-1)", "1.2": "0.0", "1.3": "{'argmax'}",
     "1.4": "lambda one, two, k1, k2: one[:, k1] > -torch.inf",
-    "2.1": "1.0", "2.2": "true_p[0].sum().item()", "2.3": "0.5",
-    "3.1": "True", "3.2": "5", "3.3": "lambda tau: 51",
-    "4.1": "4", "4.2": "'nothing'", "4.3": "'first'",
+    "2.1": "lambda a: 0.125", "2.2": "true_p[0].sum().item()", "2.3": "0.5",
+    "3.1": "'t'", "3.2": "5", "3.3": "lambda tau: 51",
+    "3.4": "(alone.double().mean() / rounds.double().mean()).item()",
+    "4.1": "4", "4.2": "'nothing'", "4.3": "lambda rows, *_: rows[0]['nll']",
     "5.1": "{2}", "5.2": "lambda a: 1 + sum(a)", "5.3": "(0.5, 0.5)",
-    "6.1": "[0, 1, 2]", "6.2": "{'valid', 'tv', 'agree_token'}",
-    "6.3": "lambda p, q: torch.minimum(p, q).sum()",
+    "6.1": "lambda p, q: torch.minimum(p, q).sum(dim=-1)",
+    "6.2": "{'valid', 'tv', 'agree_token'}", "6.3": "0.7",
 }
 WRONG_TYPES = ["object()", "'words'", "lambda: 1", "[None]"]
 
@@ -168,19 +169,38 @@ def test_a_class_gets_chapters_without_outputs_and_answers_that_run(cli, tmp_pat
 def test_the_models_of_the_course_are_small_and_write_as_those_of_the_run(
         cli, maze_run, tmp_path, monkeypatch, classroom):
     def sizes(folder):
-        return [path.stat().st_size for path in folder.glob("*.pt")]
-    assert len(sizes(classroom.MODELS)) == 4 and max(sizes(classroom.MODELS)) < 500_000
+        return [path.stat().st_size for path in folder.rglob("*.pt")]
+    folders = {path.name for path in classroom.MODELS.iterdir()}
+    assert folders == {"maze", "cities", "stories", "letters"}
+    assert max(sizes(classroom.MODELS)) < 900_000
     assert [m.name for m in classroom.load_models("teacher", "gumbel")] == ["teacher", "gumbel"]
     monkeypatch.setattr(classroom, "MODELS", tmp_path)
     status, _, err = cli(classroom.main, "--models", "--run", maze_run[0])
     assert status == 0 and max(sizes(tmp_path)) < 500_000, err
     whole, _, _ = gd.load_model(f"{maze_run[0]}/gumbel.pt", "cpu")
-    half, = classroom.load_models("gumbel", folder=tmp_path)
+    half, = classroom.load_models("gumbel", of=maze_run[0].name)
     texts = [gd.generate(model, 200, 10, nfe=1) for model in (whole, half)]
     assert (texts[0] == texts[1]).double().mean() > 0.98
-    torch.save({"format": 1}, tmp_path / "mdlm.pt")
+    torch.save({"format": 1}, tmp_path / maze_run[0].name / "mdlm.pt")
     with pytest.raises(gd.UserError, match="no checkpoint of this version"):
-        classroom.load_models("mdlm", folder=tmp_path)
+        classroom.load_models("mdlm", of=maze_run[0].name)
+
+
+def test_a_model_of_bpe_is_packed_with_its_pieces_and_needs_no_network(real_data, classroom):
+    bpe = data.Tokenizer(size=300)
+    cfg = gd.resolve(gd.Config(seq_len=8, n_layer=1))
+    teacher = gd.Teacher(cfg, bpe).eval()
+    x0 = torch.randint(300, (5, 8), generator=gd.rng("pieces"))
+    before = teacher(x0)
+    saved = dict(name="teacher", tokenizer=bpe.state, ema=teacher.state_dict(),
+                 settings=dict(tokens=bpe.fingerprint))
+    packed = classroom.without_bpe(saved)
+    pieces = data.Tokenizer(**packed["tokenizer"])
+    assert packed["settings"]["tokens"] == pieces.fingerprint != bpe.fingerprint
+    assert pieces.decode(range(32, 99)) == bpe.decode(range(32, 99))
+    other = gd.Teacher(cfg, pieces).eval()
+    other.load_state_dict(packed["ema"])
+    assert other.bos_id != teacher.bos_id and torch.equal(other(x0), before)
 
 
 def test_one_command_gives_the_chapters_a_badge_and_takes_the_older_one_away(
@@ -203,12 +223,12 @@ def test_one_command_gives_the_chapters_a_badge_and_takes_the_older_one_away(
 def test_an_error_that_the_user_can_mend_is_one_line_in_a_chapter():
     book = nbformat.v4.new_notebook(cells=[
         nbformat.v4.new_code_cell("from classroom import load_models"),
-        nbformat.v4.new_code_cell("load_models('mdlm', folder='nowhere')")])
+        nbformat.v4.new_code_cell("load_models('mdlm', of='nowhere')")])
     client = nbclient.NotebookClient(book, timeout=300, kernel_name="python3", allow_errors=True,
                                      resources={"metadata": {"path": str(ROOT / "notebooks")}})
     client.execute()
     assert len(printed(book.cells[1]).splitlines()) == 1
-    assert printed(book.cells[1]).startswith("error: nowhere/mdlm.pt")
+    assert printed(book.cells[1]).startswith("error: ") and "nowhere/mdlm.pt" in printed(book.cells[1])
     assert not [o for o in book.cells[1].outputs if o.output_type == "error"]
 
 

@@ -1,7 +1,9 @@
 """Worked solutions of 02_why_parallel_decoding_breaks.ipynb. The tests run them there."""
 
-# Exercise 2.1. Each of the four pairs has probability 1/2 * 1/2 = 1/4. Two of the four match.
-answer = 0.5
+# Exercise 2.1. ABAB needs A at the positions 1 and 3, and no A at 2 and 4: a^2 a^2. BABA needs the
+# contrary: (1 - a)^2 (1 - a)^2. The sum is smallest at a = 1/2, with 1/8. At a = 1 every text is
+# right, but every text is ABAB.
+answer = lambda a: a**4 + (1 - a)**4
 
 # Exercise 2.2. true_p[i, c] is the share of paths with cell c at position i. The product along a
 # path is the probability of this path under independent draws. The paths exclude each other, so

@@ -1,8 +1,9 @@
 """Worked solutions of 03_gumbel_distillation.ipynb. The tests run them there."""
 
-# Exercise 3.1. No. The noise was drawn given the text, so it tells the student about the text. A
-# bound on -log p(text) must not use anything that was made from this text.
-answer = False
+# Exercise 3.1. Theorem 4.1 draws xi given the text, so xi tells the student about the text. A bound
+# on -log p(text) must not use anything that was made from the masked tokens. xt has none of them,
+# and t is drawn before.
+answer = "xi"
 
 # Exercise 3.2. Cell i of the teacher is argmax(logp_i + xi_i), and logp_i depends on the cells
 # before it. By induction the noise of the cells 1 to i decides the cells 1 to i.
@@ -10,3 +11,7 @@ answer = 4
 
 # Exercise 3.3. At tau = 0 all noise is 0. Then all texts are the same text.
 answer = lambda tau: len(gd.generate(ours, 1000, 10, nfe=1, tau=tau).unique(dim=0))
+
+# Exercise 3.4. A round with a student costs 1 + c, and takes rounds.mean() of them. Without one a
+# round costs 1. The costs are equal at (1 + c) rounds = alone.
+answer = (alone.double().mean() / rounds.double().mean()).item() - 1

@@ -7,6 +7,13 @@ answer = 64 * 4
 # all tokens before it. So each term of the bound is -log p(token | tokens before).
 answer = "the AR likelihood"
 
-# Exercise 4.3. Text of low entropy is easy to predict, so it has a low perplexity. At the same
-# perplexity the model whose entropy is nearer to that of real text writes better.
-answer = "second"
+# Exercise 4.3. The points of one curve, in the order of their entropy; between two a straight line.
+# On these models MDLM leads with 4 steps at 3.77, ours with 1 step at 3.6.
+import numpy as np
+
+def nll_at(rows, model, nfe, entropy):
+    curve = sorted((row["entropy"], row["nll"]) for row in rows
+                   if (row["model"], row["nfe"]) == (model, nfe))
+    return float(np.interp(entropy, *zip(*curve)))
+
+answer = nll_at
