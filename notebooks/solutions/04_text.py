@@ -1,6 +1,6 @@
 """Worked solutions of 04_text.ipynb. The tests run them there."""
 
-# Exercise 4.1. 1,024 letters are 64 blocks of 16. Each block takes 4 calls.
+# Exercise 4.1. 1,024 tokens are 64 blocks of 16. Each block takes 4 calls.
 answer = 64 * 4
 
 # Exercise 4.2. In a block of one token, at time 1, the token is always masked, and the model sees
