@@ -1,4 +1,4 @@
-"""The table on infilling in docs/results.md: both ends of a path are known, a model fills the middle.
+"""The table on infilling in docs/results.md: both ends of a path are known, the middle is not.
 
     python docs/infilling.py                          # the models of out/maze
     python docs/infilling.py out/maze out/1 out/2     # the mean over runs, and their deviation

@@ -51,8 +51,8 @@ TABLES = {  # settings that all runs of a table share; lists of those that diffe
         dict(t_min=[1e-3, 0.1, 0.3], lr=[2e-3]), dict(t_min=[0.1], lr=[1e-3, 4e-3])]),
     "news": (dict(dataset="lm1b", tokenizer="gpt2-4096", seq_len=32, n_layer=4, n_head=4,
                   n_embd=128, dropout=0.0, batch_size=256, grad_accum=1, lr=2e-3, warmup=100,
-                  schedule="cosine", ema=0.999, max_steps=2500, teacher_steps=2500, judge_steps=1000,
-                  dtype="bfloat16", compile=True), [
+                  schedule="cosine", ema=0.999, max_steps=2500, teacher_steps=2500,
+                  judge_steps=1000, dtype="bfloat16", compile=True), [
         dict(init_from=["teacher"], seed=[0]), dict(init_from=["scratch"], seed=[0])]),
 }
 # How all students write: at each of these (tau, temperature, top_p). MDLM reads no noise, so tau is

@@ -82,6 +82,7 @@ def load_models(*names, of="maze"):
 
 
 def load_tokenizer(of):
+    """The Tokenizer of the models in the folder models/OF."""
     return gd.load_model(f"{MODELS}/{of}/teacher.pt", "cpu")[1]
 
 

@@ -43,8 +43,7 @@ def test_everything_that_is_named_exists():
 def test_every_flag_that_is_named_exists():
     flags = {config.flag(name) for name in gd.Config.__dataclass_fields__}
     for script in ("sample.py", "judge.py", "notebooks/classroom.py", "tests/bench.py",
-                   "tests/gpu.py",
-                   "docs/tables.py"):
+                   "tests/gpu.py", "docs/tables.py"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text()))
     flags |= {"--help", "--standalone", "--nproc_per_node"}
     own = re.sub(r"pip install.*", "", TODAY)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import config as settings
-import config
 import gumbel_distill as gd
 from conftest import CPU, ROOT, tiny_config
 from data import Tokenizer
