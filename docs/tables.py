@@ -5,6 +5,7 @@
     python docs/tables.py search --train-files tinystories.txt      # smallest time, learning rate
     python docs/tables.py letters --train-files tinyshakespeare.txt
     python docs/tables.py news --train-files 'lm1b/*' --val-files 'lm1b/*-0000[0-3]-of-*'
+    python docs/tables.py card --train-files 'lm1b/*' ...           # needs a card: see tests/gpu.py
     python docs/tables.py stories --show                            # the tables of what is there
 
 Each line of out/tables/NAME.jsonl is one student at one setting of the sampler. A run that was
@@ -15,6 +16,7 @@ and a judge with another seed, whose perplexity no student has learned from.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -36,6 +38,8 @@ from judge import teacher_nll, training_words, words_of  # noqa: E402
 
 STUDENTS = ["mdlm", "gumbel", "gumbel-draft"]
 STARTS = ["scratch", "teacher"]
+TEXT_FIELDS = ["dataset", "tokenizer", "seq_len", "train_files", "val_files"]
+AR_SEEDS = {"teacher": 0, "judge": 1000}
 STORIES = dict(dataset="tinystories", seq_len=64, batch_size=32, teacher_steps=2000)
 TABLES = {  # settings that all runs of a table share; lists of those that differ between its runs
     "stories": (STORIES, [
@@ -54,6 +58,12 @@ TABLES = {  # settings that all runs of a table share; lists of those that diffe
                   schedule="cosine", ema=0.999, max_steps=2500, teacher_steps=2500,
                   judge_steps=1000, dtype="bfloat16", compile=True), [
         dict(init_from=["teacher"], seed=[0]), dict(init_from=["scratch"], seed=[0])]),
+    "card": (dict(dataset="lm1b", seq_len=128, n_layer=6, n_head=8, n_embd=512, batch_size=128,
+                  grad_accum=1, lr=1e-3, warmup=100, schedule="cosine", ema=0.999, max_steps=2000,
+                  teacher_steps=2000, eval_every=500, dtype="bfloat16", compile=True,
+                  draws=[(1.0, 0.5, 1.0), (1.0, 0.7, 1.0), (1.0, 0.85, 1.0), (1.0, 1.0, 1.0),
+                         (0.85, 1.0, 0.9)]), [
+        dict(init_from=["teacher"], seed=[0]), dict(init_from=["scratch"], seed=[0])]),
 }
 # How all students write: at each of these (tau, temperature, top_p). MDLM reads no noise, so tau is
 # 1 for it. The last is the official draw.
@@ -61,9 +71,11 @@ DRAWS = [(1.0, temperature, 1.0) for temperature in (0.0, 0.3, 0.5, 0.7, 0.85, 1
 DRAWS += [(0.7, 0.0, 1.0), (0.85, 0.0, 1.0), (0.85, 1.0, 0.9)]
 
 
-def jobs_of(name, args):
-    """The settings of all students of a table, as dicts; those of the AR models go first."""
+def jobs_of(name, args, **more):
+    """The settings of all runs of a table, as dicts; `more` holds others. The first runs score real
+    text, one for each length, in place of a student's."""
     shared, groups = TABLES[name]
+    shared = {**shared, **more}
     jobs = []
     for group in groups:
         for values in itertools.product(*group.values()):
@@ -81,7 +93,10 @@ def jobs_of(name, args):
         job["about"] = about
         job["folder"] = f"{args.out_dir}/{name}"
         job["train_files"], job["val_files"] = args.train_files, args.val_files
-    return jobs
+    lengths = {job["seq_len"]: job for job in jobs}
+    real = [dict(job, student="real", key=f"real seq_len={length}", about=dict(seq_len=length),
+                 labels="data", init_from="scratch") for length, job in lengths.items()]
+    return real + jobs
 
 
 def config_of(job, **more):
@@ -90,15 +105,22 @@ def config_of(job, **more):
     return gd.resolve(Config(**{"dtype": "float32", "compile": False, **given, **more}))
 
 
-def ar_model(job, seed, kind):
-    """Train the teacher or the judge of the texts of this length; returns the path."""
+@functools.cache
+def text_of(*settings):
+    """The data of these settings, in the order of TEXT_FIELDS, and its known words and pairs. A
+    process reads them once."""
+    data = load_data(gd.resolve(Config(**dict(zip(TEXT_FIELDS, settings)))))
+    return data, training_words(data)
+
+
+def ar_model(job, kind):
+    """Train the "teacher" or the "judge" of the texts of this length. What is there is kept."""
     folder = f"{job['folder']}/{kind}-{job['seq_len']}"
     start = dict(init_from="scratch", labels="data")
     steps = job.get(f"{kind}_steps", job["teacher_steps"])
-    cfg = config_of({**job, **start}, max_steps=steps, seed=seed, out_dir=folder)
+    cfg = config_of({**job, **start}, max_steps=steps, seed=AR_SEEDS[kind], out_dir=folder)
     with quiet(folder):
         gd.get_teacher(cfg, load_data(cfg))
-    return f"{folder}/teacher.pt"
 
 
 @contextlib.contextmanager
@@ -117,13 +139,12 @@ def train_and_write(job, n):
                                 for kind in ("teacher", "judge"))
     out = f"{job['folder']}/{job['key'].replace(' ', ',')}"
     cfg = config_of(job, teacher=teacher_path, out_dir=out)
-    data = load_data(cfg)
+    data, known = text_of(*[job.get(key) for key in TEXT_FIELDS])
     teacher = gd.get_teacher(cfg, data)
     judge, _, _ = gd.load_model(judge_path, cfg.device)
     T = cfg.seq_len
     real = data.val_rows(10**9)
     reference = teacher_features(real[::2][:n].to(cfg.device), judge)
-    known = training_words(data)
 
     def scored(x, **about):
         totals, counts = teacher_nll(x, judge)
@@ -138,7 +159,7 @@ def train_and_write(job, n):
                 "pairs": float(np.mean([pair in known[1] for pair in pairs])),
                 "energy": energy_distance(features, reference)[0],
                 "rep_4": float(rep_n(x).mean()),
-                "text": [data.tokenizer.decode(row) for row in x[:8]]}
+                "text": [data.tokenizer.decode(row) for row in x[:10]]}
 
     if job["student"] == "real":
         rows = [scored(real[1::2][:n].to(cfg.device), student="real text")]
@@ -154,11 +175,12 @@ def train_and_write(job, n):
     log = read_rows(f"{out}/log.jsonl")
     about = dict(val=log[-1]["val"], seconds=log[-1]["seconds"])
     rows = []
-    xi, u = gd.sequence_noise(cfg.seed, torch.arange(n), T, student)
-    for nfe, (tau, temperature, top_p) in itertools.product(job.get("nfe", [1, 2, 4, 16]), DRAWS):
+    steps, draws = job.get("nfe", [1, 2, 4, 16]), job.get("draws", DRAWS)
+    for nfe, (tau, temperature, top_p) in itertools.product(steps, draws):
         if tau == 1 or student.reads_noise or top_p < 1:
-            x = student.write(xi, u, nfe=nfe, tau=tau, temperature=temperature, top_p=top_p)
-            rows.append(scored(x, **about, nfe=nfe, tau=tau, temperature=temperature, top_p=top_p))
+            draw = dict(nfe=nfe, tau=tau, temperature=temperature, top_p=top_p)
+            x = gd.generate(student, n, T, cfg.seed, **draw)
+            rows.append(scored(x, **about, **draw))
     shutil.rmtree(out)                                          # its rows are all that is kept
     return rows
 
@@ -169,15 +191,10 @@ def train_all(name, args):
     path = f"{args.out_dir}/{name}.jsonl"
     os.makedirs(args.out_dir, exist_ok=True)
     done = {row["key"] for row in read_rows(path)}
-    lengths = {job["seq_len"]: job for job in jobs}
-    for length, job in lengths.items():
-        about = dict(seq_len=length)
-        jobs.insert(0, dict(job, student="real", key=f"real seq_len={length}", about=about,
-                            labels="data", init_from="scratch"))
     load_data(config_of(jobs[0]))                               # the token cache is made once
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        first = [pool.submit(ar_model, job, seed, kind) for job in lengths.values()
-                 for seed, kind in ((0, "teacher"), (1000, "judge"))]
+        first = [pool.submit(ar_model, job, kind) for job in jobs if job["student"] == "real"
+                 for kind in AR_SEEDS]
         for running in first:
             running.result()
         running = {pool.submit(train_and_write, job, args.n): job["key"] for job in jobs
@@ -187,10 +204,15 @@ def train_all(name, args):
             if finished.exception():
                 print(f"{name}: {key} failed: {finished.exception()!r}", flush=True)
                 continue
-            lines = [json.dumps(dict(row, key=key)) + "\n" for row in finished.result()]
-            with open(path, "a") as f:
-                f.write("".join(lines))
+            add_rows(path, finished.result(), key)
             print(f"{name}: {key} done", flush=True)
+
+
+def add_rows(path, rows, key):
+    """Append the rows of one run, whose key they get."""
+    lines = [json.dumps(dict(row, key=key)) + "\n" for row in rows]
+    with open(path, "a") as f:
+        f.write("".join(lines))
 
 
 def read_rows(path):

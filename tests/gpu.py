@@ -10,10 +10,11 @@
 2. speed   Training at the shapes of LM1B beside the dense form of tests/bench.py, sampling, and
            what the default runs on lm1b and owt would take.
 3. text    Tokenises the files of part 4, which train does itself where it was not done before.
-4. train   With --train-files: a teacher, three students, and a second teacher as the judge. The
-           judge learns from every third file, the others from the rest.
+4. train   With --train-files: the table "card" of docs/tables.py, a teacher, a judge, and students.
+           The same command goes on with the students that are missing.
 
-Each part writes its rows to OUT_DIR/PART.json as it goes: a part that is killed leaves what it has.
+Each part writes its rows as it goes, to OUT_DIR/PART.json or card.jsonl: a part that is killed
+leaves what it has.
 The exit status is 1 if a check failed.
 """
 
@@ -40,12 +41,13 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "docs")]
 import bench  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
-from config import COLUMNS, HAS_GPU, PRESETS, UserError, flag  # noqa: E402
+import tables  # noqa: E402
+from config import HAS_GPU, PRESETS, UserError, flag  # noqa: E402
 from config import print_table, run_cli  # noqa: E402
-from data import find_files, show, token_entropy  # noqa: E402
+from data import find_files  # noqa: E402
 
 V, L = 512, 32
 SMALL = dict(n_layer=4, n_head=2, n_embd=64, seq_len=L, dropout=0.0)
@@ -273,8 +275,8 @@ def check_processes(args):
         yield name, (last_losses(f"{folder}/two") / one - 1).abs().max().item(), ROUNDING
 
 
-CHECKS = [check_losses, check_samplers, check_posterior, check_tail, check_exact, check_resume,
-          check_processes]
+CHECKS = [check_posterior, check_tail, check_exact, check_samplers, check_resume, check_losses,
+          check_processes]                                      # those that compile come last
 
 
 def run_checks(args, checks=CHECKS):
@@ -464,55 +466,36 @@ def run_speed(args):
 
 
 # -----------------------------------------------------------------------------
-# 3. and 4. Text, training for some minutes, and the judged table
-STUDENT_NAMES = ("mdlm", "gumbel", "gumbel-draft")
-TRAINING = 0.6                  # of the time left; the rest is validation, checkpoints, the table
+# 3. and 4. Text, and the table "card" of docs/tables.py in some minutes
+TRAINING = 0.65                 # of the time left; the rest is validation, writing, scoring
 FIRST = {"teacher": 0.25, "judge": 0.1}     # of that; the students share the rest, in equal steps
 MOST_EPOCHS = 6                 # more would teach a teacher the text by heart
 
 
-def split_files(args):
-    """Globs of two folders with links to the training files: two thirds, and the judge's third."""
+def table_jobs(args, **plan):
+    """The runs of the table, as docs/tables.py names them: real text, then students. `plan` holds
+    their steps."""
     if importlib.util.find_spec("datasets") is None:
         raise UserError("reading text needs the package datasets: pip install datasets")
     if not args.train_files:
         raise UserError("training needs --train-files, a quoted glob like 'lm1b/*'")
-    val = find_files("--val-files", args.val_files) if args.val_files else []
-    train = [p for p in find_files("--train-files", args.train_files) if p not in val]
-    if len(train) < 2:
-        raise UserError(f"--train-files {args.train_files}: {len(train)} file to train on; "
-                        "give two or more, of which a third is for the judge")
-    shutil.rmtree(f"{args.out_dir}/files", ignore_errors=True)
-    for i, path in enumerate(train):
-        half = "judge" if i % 3 == 1 else "teacher"
-        link = Path(args.out_dir, "files", half, f"{i:05d}-{os.path.basename(path)}")
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.abspath(path))
-    return {half: f"{args.out_dir}/files/{half}/*" for half in ("teacher", "judge")}
-
-
-def training_config(args, files):
+    how = dict(args.size, device=args.device, **plan)
     if args.tiny:
-        how = dict(bench.NARROW, tokenizer="gpt2-1024", seq_len=16, batch_size=8, grad_accum=1,
-                   n_samples=8, nfe=[2, 4])
-    else:
-        # half of the preset's batch: a short training needs steps more than tokens a step
-        how = dict(args.size, batch_size=128, grad_accum=1, n_samples=args.samples,
-                   nfe=[1, 4, 16, 64])
-    return gd.resolve(gd.Config(
-        dataset="lm1b", train_files=files["teacher"], val_files=args.val_files, lr=1e-3,
-        warmup=100, schedule="cosine", seed=args.seed, device=args.device, dtype=args.dtype,
-        compile=args.device == "cuda", out_dir=args.out_dir, **how))
+        how.update(bench.NARROW, tokenizer="gpt2-1024", seq_len=16, batch_size=8, nfe=[2, 4],
+                   dtype="float32", compile=False)
+    jobs = tables.jobs_of("card", argparse.Namespace(**vars(args), max_steps=None), **how)
+    for what in ("train", "val"):                               # complains now, not in five minutes
+        if jobs[0][f"{what}_files"]:
+            find_files(f"--{what}-files", jobs[0][f"{what}_files"])
+    return jobs
 
 
-def load_texts(args, cfg, files):
-    """The text of teacher and students, and that of the judge."""
+def load_texts(cfg):
     start = time.perf_counter()
     text = gd.load_data(cfg)
-    judge_text = gd.load_data(dataclasses.replace(cfg, train_files=files["judge"]))
-    print(f"text: {len(text.train):,} tokens, {len(judge_text.train):,} for the judge, "
-          f"{len(text.val):,} to validate on, in {time.perf_counter() - start:.1f} s", flush=True)
-    return text, judge_text
+    print(f"text: {len(text.train):,} tokens, {len(text.val):,} to validate on, in "
+          f"{time.perf_counter() - start:.1f} s", flush=True)
+    return text
 
 
 def seconds_a_step(model, loss_fn, data, cfg):
@@ -544,7 +527,7 @@ def measured_seconds(args, cfg, text):
 
     def loss_fn(model, x0, t, generator, index=None):
         return bench.loss_of("ours", model, teacher, x0, t, ("measured", 0))
-    for name in STUDENT_NAMES:
+    for name in tables.STUDENTS:
         student = gd.new_student(cfg, name, teacher.vocab_size)
         seconds[name] = seconds_a_step(student, loss_fn, text, cfg)
         del student
@@ -552,129 +535,64 @@ def measured_seconds(args, cfg, text):
     return seconds
 
 
-def planned_steps(args, plan, names, time_left, seconds, most):
-    """Equal steps of models that are trained in time_left, at most `most`. They are kept in a file,
-    so that the same command goes on with the same steps."""
-    path = Path(args.out_dir, f"plan-{args.minutes:g}-minutes.json")
-    if path.exists():
-        plan.update(json.loads(path.read_text()))
-    if names[0] not in plan:
-        a_step = sum(seconds["teacher" if name == "judge" else name] for name in names)
-        n = max(10, int(min(most, time_left / a_step)))
-        plan.update(dict.fromkeys(names, n))
-        path.write_text(json.dumps(plan))
-    return plan[names[0]]
+def planned_steps(seconds, time_left, n_tokens, cfg):
+    """Steps of teacher, judge and students, from the seconds a step of each model: such that all
+    train in TRAINING * time_left."""
+    most = MOST_EPOCHS * n_tokens // (cfg.batch_size * cfg.seq_len)
+    plan = {}
+    for kind, share in FIRST.items():
+        fits = share * TRAINING * time_left / seconds["teacher"]
+        plan[f"{kind}_steps"] = int(max(10, min(most, fits)))
+    used = sum(plan.values()) * seconds["teacher"]
+    of_all_students = sum(seconds[name] for name in tables.STUDENTS)
+    plan["max_steps"] = int(max(10, (TRAINING * time_left - used) / of_all_students))
+    return plan
 
 
-def judged(judge, x):
-    """exp of the judge's mean -log p of texts x (N, T), ends of text and first tokens apart."""
-    total = count = 0.0
-    for index in gd.sampling_batches(len(x), x.size(1), judge.vocab_size):
-        rows = x[index]
-        with torch.no_grad():
-            nll = -judge(rows).gather(-1, rows[..., None])[:, 1:, 0]
-        is_scored = rows[:, 1:] != judge.bos_id
-        total += (nll * is_scored).sum().item()
-        count += is_scored.sum().item()
-    return math.exp(total / max(1, count))
-
-
-def last_validation(folder, model):
-    with open(f"{folder}/log.jsonl") as f:
-        return [row for row in map(json.loads, f) if row["model"] == model][-1]
-
-
-def run_train(args, files):
-    """Train teacher, judge and students; print and save the table."""
-    base = training_config(args, files)
-    text, judge_text = load_texts(args, base, files)
-    forget_compiled(args)
-    start, budget, plan = time.perf_counter(), 60 * args.minutes, {}
+def run_train(args):
+    """Train what is missing of the table in args.minutes, and print the table. The minutes of the
+    first call decide how many steps the models have; plan.json keeps them."""
+    cfg = tables.config_of(table_jobs(args)[0])
+    text = load_texts(cfg)
+    start = time.perf_counter()
 
     def left():
-        return budget - (time.perf_counter() - start)
+        return 60 * args.minutes - (time.perf_counter() - start)
 
-    seconds = measured_seconds(args, base, text)
-    print("seconds a step: " + ", ".join(f"{name} {s:.4f}" for name, s in seconds.items())
-          + f"; measured and compiled in {budget - left():.0f} s", flush=True)
-    tokens_a_step = base.batch_size * base.seq_len
+    def say(what):
+        graphs, breaks = n_variants()
+        print(f"{what}; {left():.0f} s left, variants compiled {graphs}, graph breaks {breaks}",
+              flush=True)
 
-    def settings(name, n, **more):
-        return dataclasses.replace(base, max_steps=n, eval_every=math.ceil(n / 3),
-                                   warmup=min(base.warmup, n // 10), **more)
-
-    def report(model, folder, what):
+    forget_compiled(args)
+    plan_path, rows_path = Path(args.out_dir, "plan.json"), f"{args.out_dir}/card.jsonl"
+    if not plan_path.exists():
+        seconds = measured_seconds(args, cfg, text)
+        plan = planned_steps(seconds, left(), len(text.train), cfg)
+        plan_path.parent.mkdir(parents=True, exist_ok=True)
+        plan_path.write_text(json.dumps(dict(plan, seconds=seconds)))
+    plan = json.loads(plan_path.read_text())
+    seconds = plan.pop("seconds")
+    say(f"steps {plan}, seconds a step {seconds}")
+    jobs = table_jobs(args, **plan)
+    for kind in tables.AR_SEEDS:
+        tables.ar_model(jobs[0], kind)
+        say(f"{kind} trained")
+    done = {row["key"] for row in tables.read_rows(rows_path)}
+    for job in jobs:
+        if job["key"] in done:
+            continue
+        if plan["max_steps"] * seconds.get(job["student"], 0) > TRAINING * left():
+            say(f"no time for {job['key']}; the same command goes on")
+            break
+        rows = tables.train_and_write(job, args.samples)
+        tables.add_rows(rows_path, rows, job["key"])
         free(args)
-        row = last_validation(folder, model.name)
-        print(f"{model.name}: {what} {row['val']:.4f} nats a token, {row['tok_s']:,.0f} tokens a "
-              f"second with validations; {left():.0f} s left, "
-              "variants compiled {}, graph breaks {}".format(*n_variants()), flush=True)
-        record(args, "training", dict(row, what=what, folder=str(folder)))
-
-    training = TRAINING * left()
-    most = MOST_EPOCHS * len(text.train) / tokens_a_step
-    n = planned_steps(args, plan, ["teacher"], FIRST["teacher"] * training, seconds, most)
-    teacher = gd.get_teacher(settings("teacher", n), text)
-    report(teacher, args.out_dir, "validation NLL")
-    most = MOST_EPOCHS * len(judge_text.train) / tokens_a_step
-    n = planned_steps(args, plan, ["judge"], FIRST["judge"] * training, seconds, most)
-    cfg = settings("judge", n, out_dir=f"{args.out_dir}/judge")
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    print("the judge, on the other files:")
-    judge = gd.get_teacher(cfg, judge_text)
-    report(judge, cfg.out_dir, "validation NLL of the judge")
-
-    rows, printed = [], Path(args.out_dir, "samples.txt").open("w")
-
-    def write_down(name, x, **about):
-        """Judge texts, and keep the first ten of them."""
-        row = dict(model=name, **about, gen_ppl=judged(judge, x), entropy=token_entropy(x))
-        if name != "real text":
-            row.update(gd.compare_with_teacher(x, teacher_text, teacher))
-        rows.append(row)
-        record(args, "train", row)
-        print(json.dumps(row), f"{left():.0f} s left", flush=True)
-        title = ", ".join(f"{key} {value}" for key, value in about.items())
-        lines = [show(ids, base.dataset, text.tokenizer).replace("\n", " ")
-                 for ids in x[:10].cpu()]
-        printed.write(f"== {name}, {title}\n" + "\n".join(lines) + "\n")
-        printed.flush()
-        return lines
-
-    def print_lines(name, lines):
-        print(f"{name} writes:" if name != "real text" else "real text:")
-        for line in lines:
-            print(f"  {line:.160}")
-
-    def write_texts(student, temperature):
-        cfg = dataclasses.replace(base, temperature=[temperature])
-        for how in gd.sampler_settings(student, cfg):
-            x = gd.generate(student, base.n_samples, base.seq_len, base.seed, **how)
-            about = {key: how[key] for key in ("nfe", "temperature")}
-            lines = write_down(student.name, x, **about)
-        print_lines(f"{student.name}, nfe {about['nfe']}, temperature {temperature:g},", lines)
-
-    teacher_text = gd.generate(teacher, base.n_samples, base.seq_len, base.seed)
-    print_lines("real text",
-                write_down("real text", text.val_rows(base.n_samples).to(args.device)))
-    print_lines("teacher", write_down("teacher", teacher_text, nfe=base.seq_len))
-    write_down("teacher, other noise", teacher_text.roll(1, 0))
-    n = planned_steps(args, plan, STUDENT_NAMES, TRAINING * left(), seconds, math.inf)
-    students = []
-    for name in STUDENT_NAMES:
-        torch.manual_seed(base.seed)
-        student = gd.new_student(base, name, teacher.vocab_size)
-        students.append(gd.train_student(student, settings(name, n), teacher, text))
-        report(students[-1], args.out_dir, "NELBO" if name == "mdlm" else "validation loss")
-        write_texts(students[-1], 0.0)
-        before = left()
-        write_texts(students[-1], 1.0)
-    a_block = before - left()                                   # seconds
-    for student in students:
-        if left() > a_block:
-            write_texts(student, 0.7)
-    print_table(rows, {"model": "", "gen_ppl": ".1f", **COLUMNS})
-    print(f"all in {time.perf_counter() - start:.0f} s after the text was read", flush=True)
+        val = f", validation loss {rows[0]['val']:.3f}" if "val" in rows[0] else ""
+        say(job["key"] + val)
+        for row in rows[-1:] if val else rows[:2]:              # the official draw, or real texts
+            print("\n".join(f"  {text!r:.160}" for text in row["text"]), flush=True)
+    tables.show("card", args)
 
 
 # -----------------------------------------------------------------------------
@@ -687,9 +605,11 @@ def main():
                         "6x512)")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to try the script itself")
     parser.add_argument("--minutes", type=float, default=6.0, help="of part 4 in all (6)")
-    parser.add_argument("--samples", type=int, default=100, help="texts a row of its table (100)")
-    parser.add_argument("--train-files", help="of part 4: a quoted glob of two files or more")
-    parser.add_argument("--val-files", help="or the last 10%% of each part of the training text")
+    parser.add_argument("--samples", type=int, default=200, help="texts a row of its table (200)")
+    parser.add_argument("--entropy", type=float, help="compare at this entropy, in place of that "
+                        "of real text")
+    parser.add_argument("--train-files", help="of part 4: a file or a quoted glob")
+    parser.add_argument("--val-files", help="or the last 10%% of the training text")
     parser.add_argument("--out-dir", default="out/gpu", help="for all that is written (out/gpu)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -699,17 +619,17 @@ def main():
     if args.minutes <= 0:
         raise UserError(f"--minutes {args.minutes:g}: must be above 0")
     parts = [args.only] if args.only else ["check", "speed"] + ["train"] * bool(args.train_files)
-    files = None
-    if "text" in parts or "train" in parts:
-        files = split_files(args)                               # complains now, not in five minutes
     size, args.rows = args.size, {}
     args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     args.batch_size, args.steps = (8, 3) if args.tiny else (256, 6)
+    if "text" in parts or "train" in parts:
+        args.size = size or {}                                  # else that of the table
+        table_jobs(args)
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{card} | torch {torch.__version__} | training in {args.dtype}")
     n_failed = 0
     for part in parts:
-        args.size = size or bench.shape("6x512" if part in ("text", "train") else "12x768")
+        args.size = size or (bench.shape("12x768") if part == "speed" else {})
         print(f"\n{part}", flush=True)
         start = time.perf_counter()
         try:
@@ -718,9 +638,9 @@ def main():
             if part == "speed":
                 run_speed(args)
             if part == "text":
-                load_texts(args, training_config(args, files), files)
+                load_texts(tables.config_of(table_jobs(args)[0]))
             if part == "train":
-                run_train(args, files)
+                run_train(args)
         except torch.OutOfMemoryError as e:
             raise UserError(f"{part}: does not fit on this card; take a smaller --size like 6x512 "
                             f"({e!r:.99})") from e
