@@ -197,7 +197,7 @@ def rng(*key, device="cpu"):
 def sample_exponential(shape, generator, dtype=torch.float32):
     """E = -log(1 - u) ~ Exp(1), never 0 or infinite, with u = (n + 1/2) / 2^31 from 31 random bits.
     Small E matter: there xi = -log E is large. u is precise near 0, so that xi reaches 22. With
-    torch.rand in float32 it ends at 16.6. torch's exponential_ takes longer on a CPU."""
+    torch.rand in float32, and with torch's exponential_ on a card, it ends at 16.6."""
     bits = torch.empty(shape, dtype=torch.int32, device=generator.device)
     bits.random_(generator=generator)
     E = bits.to(dtype)              # in place from here: memory limits the speed of large noise

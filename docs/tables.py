@@ -57,7 +57,9 @@ TABLES = {  # settings that all runs of a table share; lists of those that diffe
                   n_embd=128, dropout=0.0, batch_size=256, grad_accum=1, lr=2e-3, warmup=100,
                   schedule="cosine", ema=0.999, max_steps=2500, teacher_steps=2500,
                   judge_steps=1000, dtype="bfloat16", compile=True), [
-        dict(init_from=["teacher"], seed=[0]), dict(init_from=["scratch"], seed=[0])]),
+        dict(init_from=["teacher"], seed=[0]), dict(init_from=["scratch"], seed=[0]),
+        dict(init_from=["teacher"], max_steps=[800], seed=[0, 1, 2], student=["mdlm", "gumbel"],
+             nfe=[[1, 2]])]),
     "card": (dict(dataset="lm1b", seq_len=128, n_layer=6, n_head=8, n_embd=512, batch_size=128,
                   grad_accum=1, lr=1e-3, warmup=100, schedule="cosine", ema=0.999, max_steps=2000,
                   teacher_steps=2000, eval_every=500, dtype="bfloat16", compile=True,
@@ -78,10 +80,9 @@ def jobs_of(name, args, **more):
     shared = {**shared, **more}
     jobs = []
     for group in groups:
+        group = {**group, "student": group.get("student", STUDENTS)}
         for values in itertools.product(*group.values()):
-            change = dict(zip(group, values))
-            for student in STUDENTS:
-                jobs.append(dict(shared, **{**change, "student": student}))
+            jobs.append({**shared, **dict(zip(group, values))})
     for job in jobs:
         if args.max_steps:
             job["max_steps"] = job["teacher_steps"] = args.max_steps
