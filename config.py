@@ -382,7 +382,7 @@ def weights_id(model):
 
 # -----------------------------------------------------------------------------
 # Tables
-# The columns of the tables and their formats. docs/results.md says what each means.
+# The columns of the tables and their formats. docs/columns.md says what each means.
 COLUMNS = {"model": "", "nfe": "d", "tau": "g", "temperature": "g", "valid": ".1%", "distinct": "d",
            "tv": ".3f", "wrong_names": ".1%", "teacher_nll": ".3f", "entropy": ".3f",
            "agree_token": ".3f", "agree_seq": ".3f", "seconds": ".2f"}

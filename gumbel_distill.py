@@ -23,7 +23,7 @@ Glossary (B = batch, T = seq_len, V = vocab_size, C = n_embd, M = number of mask
     t        (B, 1)        time in (0, 1]: P(masked) = t, P(kept) = alpha_t = 1 - t
     xi       (B, T, V)     Gumbel noise, or (M, V) where masked; xi[:, i] decides token i
     logp     (..., V)      logits normalised over V, in nats
-    nfe                    number of function evaluations: steps, each one call of the student
+    nfe                    number of function evaluations: calls of the student, one a step
     tau                    scale of xi in sampling; 1 as in training
 """
 
@@ -70,7 +70,8 @@ class Layer(nn.Module):
         qkv = self.qkv(self.norm1(x))                           # (B, T, 3 C)
         qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)                        # (3, B, nh, T, hs)
-        (q, k), v = rotate(qkv[:2], rope), qkv[2]
+        q, k = rotate(qkv[:2], rope)
+        v = qkv[2]
         if cache is not None:
             k, v = cache.extend(self, k, v)                     # (B, nh, start + T, hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
@@ -97,7 +98,7 @@ def rotate(x, rope):
 
 class Transformer(nn.Module):
     """Token embedding, layers, final norm, output head. There are V outputs, but V + 1 input rows.
-    The last row is [MASK] for a student, BOS for a teacher whose tokens have none."""
+    The last row is [MASK] for a student, BOS for a teacher whose tokenizer has none."""
 
     def __init__(self, cfg, vocab_size, causal):
         super().__init__()
@@ -137,7 +138,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def logits(self, h):
-        """Logits (..., V) of hidden states h (..., C)."""
+        """Logits (..., V) of hidden states h (..., C), without the columns that `aligned` adds."""
         return F.linear(h, aligned(self.head.weight, 0))[..., :self.head.out_features]
 
     def nll(self, logits, x0):
@@ -197,7 +198,7 @@ def rng(*key, device="cpu"):
 def sample_exponential(shape, generator, dtype=torch.float32):
     """E = -log(1 - u) ~ Exp(1), never 0 or infinite, with u = (n + 1/2) / 2^31 from 31 random bits.
     Small E matter: there xi = -log E is large. u is precise near 0, so that xi reaches 22. With
-    torch.rand in float32, and with torch's exponential_ on a card, it ends at 16.6."""
+    torch.rand in float32, and with torch's exponential_ on a card, xi ends at 16.6."""
     bits = torch.empty(shape, dtype=torch.int32, device=generator.device)
     bits.random_(generator=generator)
     E = bits.to(dtype)              # in place from here: memory limits the speed of large noise
@@ -240,7 +241,7 @@ def serial_extraction(teacher, xi, xt=None):
     xt (B, T) that are not V are kept. Takes T cached passes."""
     B, T, V = xi.shape
     net = teacher.net
-    cache = KVCache()
+    cache = KVCache()                                           # section 7: what net has read
     x0 = []
     token = torch.full((B, 1), teacher.bos_id, device=xi.device)
     for i in range(T):
@@ -289,7 +290,7 @@ class Student(nn.Module):
 
     def forward(self, xt, xi=None, x0=None):
         """Logits at the masked positions of xt (B, T), row by row: (M, V).
-        xi  (M, V) Gumbel noise of these positions, in the same order
+        xi  (M, V) Gumbel noise of these positions, in the same order. None: for mdlm, or if M = 0
         x0  is not read here. In section 7 a block of xt reads the blocks of x0 before it"""
         return self.logits(xt, xi, torch.arange(xt.size(1), device=xt.device))
 
@@ -313,7 +314,7 @@ class Student(nn.Module):
         net = self.net
         k = min(DRAFT_TOKENS, self.vocab_size)
         h_masked = net.norm(h[is_masked])                       # (M, C)
-        # choose the k best by all logits; compute the logits of these k again, with gradient
+        # choose the k best by all logits, without a gradient; compute these k again, with one
         logits = F.linear(h_masked.detach(), aligned(net.head.weight.detach(), 0))
         score = logits[:, :self.vocab_size] + xi                # (M, V)
         best = score.topk(k, dim=-1).indices                    # (M, k)
@@ -349,9 +350,12 @@ T_MIN = 1e-3                        # smallest time, unless --t-min says another
 
 
 def stratified_times(u, t_min=T_MIN):
-    """Times (B, n), one in each of B n equal parts of [t_min, 1]; u (B, n) in [0, 1) says where."""
-    part = torch.arange(u.numel(), device=u.device).view(u.shape)
-    return t_min + (1 - t_min) * (part + u) / u.numel()
+    """Times (B, n): a column has one time in each of B equal parts of [t_min, 1], and u (B, n) in
+    [0, 1) says where in it. The n times of a row, those of a text's blocks, lie apart."""
+    B, n = u.shape
+    row, column = torch.arange(B, device=u.device), torch.arange(n, device=u.device)
+    part = (row[:, None] + column * B // n) % B                 # (B, n)
+    return t_min + (1 - t_min) * (part + u) / B
 
 
 def q_sample(x0, t, mask_id, generator):
@@ -377,7 +381,7 @@ def student_loss(student, teacher, x0, t, generator, xi=None):
     with torch.no_grad():
         if xi is not None:
             xi = xi[is_masked]                                  # (M, V)
-        if teacher is not None:
+        elif teacher is not None:
             # 2. one pass of the teacher: log-probabilities of all tokens at masked positions
             logp = teacher(x0, is_masked)                       # (M, V)
             # 3. noise that makes the teacher write x0
@@ -404,9 +408,9 @@ def sequence_noise(seed, index, seq_len, model):
 
 
 def fill_steps(is_masked, u, steps):
-    """The step 1..steps that fills each masked token (B, T): that in which time falls below its u
-    in [0, 1). So a step from time t to s fills a masked token with probability (t - s) / t, as
-    MDLM's ancestral sampler does. Elsewhere 0."""
+    """The step k = 1..steps that fills each masked token (B, T): the first with 1 - k / steps <= u,
+    where u is in [0, 1). So a step from time t to s fills a masked token with probability
+    (t - s) / t, as MDLM's ancestral sampler does. Elsewhere 0."""
     return is_masked * (steps * (1 - u)).ceil()
 
 
@@ -446,7 +450,7 @@ def denoise(predict, xt, xi, u, steps, tau=1.0, temperature=0.0, top_p=1.0, on_s
 
 @torch.no_grad()
 def sample(student, xi, u, nfe, xt=None, **settings):
-    """Write texts (B, T) long in at most nfe calls of the student, from sequence_noise's draws.
+    """Write texts (B, T) in at most nfe calls of the student, from sequence_noise's draws.
     Known tokens of xt (B, T) are kept; xt is mask_id elsewhere. settings: those of denoise.
     Official code: diffusion.py _ddpm_caching_sampler_w_gumbel (tau .85, temperature 1, top_p .9)"""
     text = open_text(xi, xt)
@@ -473,7 +477,7 @@ def sampling_batches(n, seq_len, vocab_size, batch_size=1000):
 
 @torch.no_grad()
 def generate(model, n, seq_len, seed=0, known=None, batch_size=1000, progress=None, **settings):
-    """n texts (n, T) long of a Student (settings as in `sample`) or of a Teacher (tau only).
+    """n texts (n, T) of a Student (settings as in `sample`) or of a Teacher (tau only).
     Text i depends on seed and i, not on n. All keep the tokens of `known` (T,), V elsewhere."""
     texts = []
     batches = sampling_batches(n, seq_len, model.vocab_size, batch_size)
@@ -487,7 +491,8 @@ def generate(model, n, seq_len, seed=0, known=None, batch_size=1000, progress=No
 # -----------------------------------------------------------------------------
 # 7. Blocks: BD3-LM (Arriola et al. 2025). A first reader can go on to section 8
 class KVCache:
-    """Keys and values of each Layer. The first `start` tokens are final, the caller counts them."""
+    """Keys and values of each Layer. The first `start` tokens are final; the caller raises `start`.
+    What lies beyond is overwritten by the next call."""
 
     def __init__(self):
         self.start, self.kv = 0, {}
@@ -605,7 +610,7 @@ def backward(model, loss_fn, data, cfg, step):
 
 
 def compile_layers(model):
-    """torch.compile each layer, and the loss for any M. Models of transformers stay as they are."""
+    """torch.compile each layer, and the loss for any M. A Hugging Face model stays as it is."""
     if isinstance(model.net, Transformer):
         for layer in model.net.layers:
             layer.compile()
@@ -617,8 +622,8 @@ def train(model, loss_fn, data, cfg, names, **settings):
     """Train a Teacher or Student, or go on from its checkpoint: bit for bit on a CPU with as many
     threads. All draws are keyed by (seed, step, piece). So the step is all there is to save of the
     random state, and N processes take the steps of one, up to rounding. loss_fn(model, x0, t,
-    generator, index) is the loss of sequences number `index` (b,). A checkpoint of other settings
-    (cfg's with these `names`, and `settings`) is refused. Returns the averaged weights, a model."""
+    generator, index) is the loss of sequences number `index` (b,). A checkpoint must have the same
+    `settings`, and the same fields `names` of cfg. Returns the averaged weights, a model."""
     settings.update({name: getattr(cfg, name) for name in names}, data=data.fingerprint,
                     tokens=data.tokenizer.fingerprint)
     path = f"{cfg.out_dir}/{model.name}.pt"
@@ -677,7 +682,7 @@ def train(model, loss_fn, data, cfg, names, **settings):
 
 @torch.no_grad()
 def validation_loss(model, loss_fn, data, cfg):
-    """Mean loss on fixed rows, masks, noise, times in [T_MIN, 1]: NLL; without noise NELBO."""
+    """Mean loss on fixed rows, masks, noise, times in [T_MIN, 1]: a teacher's NLL, MDLM's NELBO."""
     x0 = data.val_rows(8 * cfg.batch_size).to(cfg.device)
     t = stratified_times(torch.full((len(x0), cfg.n_blocks), 0.5, device=cfg.device))
     total = 0.0
@@ -728,15 +733,9 @@ def start_weights(student, cfg, data):
     check_equal(path, saved["settings"], dict(here, tokens=data.tokenizer.fingerprint),
                 "use models and text of one kind, or --init-from scratch")
     shared = {name: weight for name, weight in saved["ema"].items() if name in own}
-    if saved["name"] == "teacher":  # its last row is BOS, or was never read; ours is [MASK]
+    if saved["name"] == "teacher":  # its last row is BOS or, where BOS has a row of its own, unused
         shared["net.embed.weight"][-1] = own["net.embed.weight"][-1]
     return {**own, **shared}
-
-
-def get_student(name, cfg, teacher, data):
-    """The student of that name, trained or as this run's folder holds it."""
-    torch.manual_seed(cfg.seed)
-    return train_student(new_student(cfg, name, teacher.vocab_size), cfg, teacher, data)
 
 
 def train_student(student, cfg, teacher, data, loss=student_loss):

@@ -4,7 +4,7 @@
     python judge.py --ckpt A.pt B.pt --nfe 1 4 16 --floors
     python judge.py --ckpt A.pt --judge gpt2-large --featurizer gpt2-large -n 1000
 
-docs/results.md says what each column means. judged.json has more columns, and standard errors.
+docs/columns.md says what each column means. judged.json has more columns, and standard errors.
 """
 
 import itertools
@@ -103,8 +103,8 @@ def ratio(parts, wholes, transform=float):
 @torch.no_grad()
 def teacher_features(x, teacher):
     """Mean hidden state of each half of texts x (N, T) under our own AR model, (N, 2 C) float32.
-    The last hidden state alone could not tell repeated text from real text (docs/results.md, LM1B).
-    Here the two halves of repeated text are too much alike. A text of one token has nan.
+    The last hidden state alone could not tell repeated text from real text. Here the two halves of
+    repeated text are too much alike. A text of one token has nan.
     """
     features = []
     for rows in x.split(256):

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md on text: train students, let them write, and score the texts.
+"""The tables of docs/text.md: train students, let them write, and score the texts.
 
     python docs/tables.py stories --train-files tinystories.txt     # beginnings and budgets
     python docs/tables.py lengths --train-files tinystories.txt     # where does the noise pay?
@@ -240,8 +240,8 @@ def at_entropy(rows, entropy):
 
 
 def mean_rows(curves, entropy, **about):
-    """One line of the table from the curves (lists of rows) of all seeds, with NAME_se: here the
-    standard deviation over the seeds."""
+    """One line of the table from the curves (lists of rows) of all seeds, with NAME_se, that is
+    here the standard deviation over the seeds."""
     values = np.array([at_entropy(curve, entropy) for curve in curves])    # (seeds, scores)
     val = np.mean([curve[0]["val"] for curve in curves])
     line = dict(about, entropy=entropy, seeds=len(curves), val=val)

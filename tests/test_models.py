@@ -214,9 +214,19 @@ def test_times_are_stratified_over_the_batch_and_reach_from_t_min_to_one():
     for t_min in (gd.T_MIN, 0.3):
         t = gd.stratified_times(torch.rand(4, 2, generator=gd.rng(2)), t_min)
         assert t.shape == (4, 2)
-        assert ((t - t_min) / (1 - t_min) * 8).floor().flatten().tolist() == list(range(8))
+        part = ((t - t_min) / (1 - t_min) * 4).floor()
+        assert part[:, 0].tolist() == [0, 1, 2, 3] and part[:, 1].tolist() == [2, 3, 0, 1]
         assert gd.stratified_times(torch.zeros(4, 1), t_min).min() == pytest.approx(t_min)
         assert gd.stratified_times(torch.ones(4, 1), t_min).max() == 1
+
+
+@pytest.mark.parametrize("n_texts", [1, 2, 3, 64])
+def test_each_block_sees_all_times_however_small_a_piece_is(n_texts):
+    u = torch.rand(1000, n_texts, 2, generator=gd.rng(3))
+    t = torch.stack([gd.stratified_times(one) for one in u])    # (1000, n_texts, 2)
+    for block in t.view(-1, 2).T:
+        counts = torch.histc(block, 10, gd.T_MIN, 1) / len(block)
+        assert torch.allclose(counts, torch.full((10,), 0.1), atol=0.04)
 
 
 def dense_loss(student, x0, xt, xi, t):
