@@ -1,6 +1,6 @@
 """The paper's ablation and its baselines on the maze, in one table.
 
-    python ablation.py                        # 32 students, an hour on two cores
+    python ablation.py                        # 32 students, 50 minutes of one core
     python ablation.py --out-dir out/other
 
 Every run is one of gumbel_distill.py. RUNS says in which settings, students and loss it differs
