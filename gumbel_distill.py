@@ -351,7 +351,7 @@ T_MIN = 1e-3                        # smallest time, unless --t-min says another
 
 def stratified_times(u, t_min=T_MIN):
     """Times (B, n): a column has one time in each of B equal parts of [t_min, 1], and u (B, n) in
-    [0, 1) says where in it. The n times of a row, those of a text's blocks, lie apart."""
+    [0, 1) says where in it. A text's n blocks have times that are about B / n parts apart."""
     B, n = u.shape
     row, column = torch.arange(B, device=u.device), torch.arange(n, device=u.device)
     part = (row[:, None] + column * B // n) % B                 # (B, n)

@@ -5,12 +5,12 @@
     python docs/tables.py search --train-files tinystories.txt      # smallest time, learning rate
     python docs/tables.py letters --train-files tinyshakespeare.txt
     python docs/tables.py news --train-files 'lm1b/*' --val-files 'lm1b/*-0000[0-3]-of-*'
-    python docs/tables.py card --train-files 'lm1b/*' ...           # needs a card: see tests/gpu.py
     python docs/tables.py stories --show                            # the tables of what is there
 
 Each line of out/tables/NAME.jsonl is one student at one setting of the sampler. A run that was
 stopped goes on with the students that are missing. Two AR models are trained first: the teacher,
-and a judge with another seed, whose perplexity no student has learned from.
+and a judge with another seed, whose perplexity no student has learned from. The table "card" is
+made by tests/gpu.py --only train.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def jobs_of(name, args, **more):
         job["about"] = about
         job["folder"] = f"{args.out_dir}/{name}"
         job["train_files"], job["val_files"] = args.train_files, args.val_files
-    lengths = {job["seq_len"]: job for job in jobs}
+    lengths = {job["seq_len"]: job for job in reversed(jobs)}    # the first of each length
     real = [dict(job, student="real", key=f"real seq_len={length}", about=dict(seq_len=length),
                  labels="data", init_from="scratch") for length, job in lengths.items()]
     return real + jobs

@@ -22,7 +22,6 @@ over the vendor's dense bfloat16 peak. It counts what the dense way multiplies, 
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import resource

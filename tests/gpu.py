@@ -27,8 +27,6 @@ import importlib.util
 import io
 import json
 import math
-import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -536,8 +534,8 @@ def measured_seconds(args, cfg, text):
 
 
 def planned_steps(seconds, time_left, n_tokens, cfg):
-    """Steps of teacher, judge and students, from the seconds a step of each model: such that all
-    train in TRAINING * time_left."""
+    """Steps of teacher, judge and students, from the seconds a step of each model: such that these
+    two and the three students of one start train in TRAINING * time_left."""
     most = MOST_EPOCHS * n_tokens // (cfg.batch_size * cfg.seq_len)
     plan = {}
     for kind, share in FIRST.items():
@@ -546,6 +544,7 @@ def planned_steps(seconds, time_left, n_tokens, cfg):
     used = sum(plan.values()) * seconds["teacher"]
     of_all_students = sum(seconds[name] for name in tables.STUDENTS)
     plan["max_steps"] = int(max(10, (TRAINING * time_left - used) / of_all_students))
+    plan["warmup"] = min(cfg.warmup, plan["max_steps"] // 10)
     return plan
 
 
@@ -582,7 +581,7 @@ def run_train(args):
     for job in jobs:
         if job["key"] in done:
             continue
-        if plan["max_steps"] * seconds.get(job["student"], 0) > TRAINING * left():
+        if plan["max_steps"] * seconds.get(job["student"], 0) > max(0, TRAINING * left()):
             say(f"no time for {job['key']}; the same command goes on")
             break
         rows = tables.train_and_write(job, args.samples)
@@ -611,7 +610,7 @@ def main():
     parser.add_argument("--train-files", help="of part 4: a file or a quoted glob")
     parser.add_argument("--val-files", help="or the last 10%% of the training text")
     parser.add_argument("--out-dir", default="out/gpu", help="for all that is written (out/gpu)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the checks (0)")
     args = parser.parse_args()
     if args.device == "cuda" and not HAS_GPU:
         raise UserError("no CUDA card here; install a CUDA build of torch, or try the script "

@@ -209,8 +209,18 @@ def test_training_for_some_minutes_ends_in_a_judged_table(tmp_path, real_data, c
     assert {(row["student"], row["init_from"]) for row in rows if "val" in row} == {
         (student, start) for student in gpu.tables.STUDENTS for start in gpu.tables.STARTS}
     assert all(row["judge_nll"] > 0 and row["n"] == 12 for row in rows)
-    plan = json.loads((out / "plan.json").read_text())
-    assert plan["max_steps"] == plan["teacher_steps"] == 10
+
+
+def test_the_plan_fits_the_time_and_teaches_no_teacher_the_text_by_heart():
+    cfg = argparse.Namespace(batch_size=4, seq_len=25, warmup=100)          # 100 tokens a step
+    seconds = {"teacher": 0.1, "mdlm": 0.1, "gumbel": 0.3, "gumbel-draft": 0.6}
+    plan = gpu.planned_steps(seconds, 1000, 10**9, cfg)
+    total = 0.1 * (plan["teacher_steps"] + plan["judge_steps"]) + plan["max_steps"]
+    assert 0.99 * gpu.TRAINING * 1000 < total <= gpu.TRAINING * 1000
+    assert plan["teacher_steps"] > plan["judge_steps"] and plan["warmup"] == plan["max_steps"] // 10
+    shorter = gpu.planned_steps(seconds, 1000, 10_000, cfg)     # 100 steps read the text once
+    assert shorter["teacher_steps"] == 100 * gpu.MOST_EPOCHS
+    assert shorter["max_steps"] > plan["max_steps"]
 
 
 @pytest.mark.parametrize("model, most, n_products", [

@@ -1,7 +1,6 @@
 """judge.py: scores and their table.   python -m pytest tests/test_judge.py"""
 
 import json
-import math
 import os
 
 import numpy as np

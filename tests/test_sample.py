@@ -1,7 +1,6 @@
 """sample.py: prompts, samplers, films, exact mode.   python -m pytest tests/test_sample.py"""
 
 import json
-import os
 import re
 import subprocess
 import sys
