@@ -114,6 +114,11 @@ def text_of(*settings):
     return data, training_words(data)
 
 
+def share(items, known):
+    """The share of the items that are known; 0 if there is none, as in texts of one letter."""
+    return sum(item in known for item in items) / max(1, len(items))
+
+
 def ar_model(job, kind):
     """Train the "teacher" or the "judge" of the texts of this length. What is there is kept."""
     folder = f"{job['folder']}/{kind}-{job['seq_len']}"
@@ -156,8 +161,7 @@ def train_and_write(job, n):
         words = sum(words, [])
         return {**job["about"], **about, "n": len(x), "entropy": token_entropy(x),
                 "judge_nll": float(totals.sum() / counts.sum()),
-                "words": float(np.mean([word in known[0] for word in words])),
-                "pairs": float(np.mean([pair in known[1] for pair in pairs])),
+                "words": share(words, known[0]), "pairs": share(pairs, known[1]),
                 "energy": energy_distance(features, reference)[0],
                 "rep_4": float(rep_n(x).mean()),
                 "text": [data.tokenizer.decode(row) for row in x[:10]]}

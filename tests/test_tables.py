@@ -48,6 +48,10 @@ def test_a_table_on_text_has_all_students_at_the_same_draws(tables, tmp_path, cl
     assert status == 1 and "name the text with --train-files" in err
 
 
+def test_a_text_without_words_has_no_known_words(tables):
+    assert tables.share([], {"a"}) == 0 and tables.share(["a", "b", "a", "a"], {"a"}) == 0.75
+
+
 def test_scores_are_read_between_two_temperatures_and_not_beyond(tables):
     rows = [dict.fromkeys(tables.SCORES, value) | dict(entropy=entropy, val=1.0)
             for value, entropy in ((10.0, 3.0), (20.0, 4.0))]
