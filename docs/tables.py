@@ -97,7 +97,7 @@ def jobs_of(name, args, **more):
     lengths = {job["seq_len"]: job for job in reversed(jobs)}    # the first of each length
     real = [dict(job, student="real", key=f"real seq_len={length}", about=dict(seq_len=length),
                  labels="data", init_from="scratch") for length, job in lengths.items()]
-    return real + jobs
+    return real + list({job["key"]: job for job in jobs}.values())          # each once
 
 
 def config_of(job, **more):

@@ -581,7 +581,8 @@ def run_train(args):
     for job in jobs:
         if job["key"] in done:
             continue
-        if plan["max_steps"] * seconds.get(job["student"], 0) > max(0, TRAINING * left()):
+        needed = plan["max_steps"] * seconds.get(job["student"], 0)         # real text needs none
+        if needed > max(0, TRAINING * left()):
             say(f"no time for {job['key']}; the same command goes on")
             break
         rows = tables.train_and_write(job, args.samples)
@@ -589,7 +590,8 @@ def run_train(args):
         free(args)
         val = f", validation loss {rows[0]['val']:.3f}" if "val" in rows[0] else ""
         say(job["key"] + val)
-        for row in rows[-1:] if val else rows[:2]:              # the official draw, or real texts
+        shown = rows[-1:] if val else rows[:2]                  # the official draw; real, teacher
+        for row in shown:
             print("\n".join(f"  {text!r:.160}" for text in row["text"]), flush=True)
     tables.show("card", args)
 

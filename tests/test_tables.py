@@ -29,6 +29,8 @@ def test_a_table_on_text_has_all_students_at_the_same_draws(tables, tmp_path, cl
     real, mdlm, paper, ours = jobs = tables.jobs_of("letters", args)
     assert [job["student"] for job in jobs] == ["real", "mdlm", "gumbel", "gumbel-draft"]
     assert {job["max_steps"] for job in jobs} == {2}
+    keys = [job["key"] for job in tables.jobs_of("news", args)]
+    assert len(keys) == len(set(keys)) == 11                    # its budgets are one then
     for kind in ("teacher", "judge"):
         tables.ar_model(real, kind)
     lines = []
