@@ -50,11 +50,8 @@ class BlockCache(KVCache):
     is_final = False
 
     def __call__(self, layer, q, k, v):
-        before = self.get(layer)
-        y = super().__call__(layer, q, k, v)
-        if not self.is_final:
-            self[layer] = before
-        return y
+        cache = self if self.is_final else KVCache(self)        # a copy, which nobody keeps
+        return KVCache.__call__(cache, layer, q, k, v)
 
 
 # -----------------------------------------------------------------------------
