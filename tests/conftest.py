@@ -1,7 +1,6 @@
-"""Shared by all tests: tiny models, real text where it is at hand, one maze run per session."""
+"""Shared by all tests: tiny models and texts, one trained maze, real text where it is at hand."""
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,50 +13,82 @@ import torch  # noqa: E402
 torch.set_num_threads(1)                # where another plugin has imported torch before
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
+import drafts  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
 
-CPU = dict(device="cpu", dtype="float32", compile=False)
-CACHE = data.CACHE                      # as the programs have it
-LETTERS = gd.Tokenizer(list("abcdefg"))
+V, T = 7, 6                             # of the tiny models
+STUDENTS = {**gd.STUDENTS, "gumbel-draft": drafts.DraftStudent}
+# A command line for a run of a second, without a card
+TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --batch-size 8 --teacher-steps 4 --max-steps 4 "
+        "--eval-every 2 --n-samples 20 --device cpu --no-compile").split()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """One worker takes all tests of the maze run, so that it is trained once."""
     for item in items:
         if "maze_run" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("maze"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA card here"))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def token_cache(tmp_path_factory):
-    data.CACHE = str(tmp_path_factory.mktemp("data"))
-
-
-def tiny_config(**more):
-    given = dict(CPU, seq_len=6, block_size=6, n_layer=2, n_head=2, n_embd=16, dropout=0.0,
-                 max_steps=4, batch_size=4, lr=1e-2, warmup=2, eval_every=2)
-    return gd.Config(**{**given, **more})
+def tiny_config(config=gd.Config, **more):
+    given = dict(seq_len=T, n_layer=2, n_head=2, n_embd=16, batch_size=8, warmup=2, eval_every=2,
+                 device="cpu", compile=False)
+    return config(**{**given, **more})
 
 
 def sharpened(model, scale=30.0):
-    """Random weights give nearly uniform outputs; this makes them differ."""
+    """Random weights give nearly uniform outputs; this makes them differ. In float64."""
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
                 p.mul_(scale if p is model.net.head.weight else 5.0)
-    return model.eval()
+    return model.double().eval()
+
+
+def tiny_student(name="gumbel", **more):
+    torch.manual_seed(0)
+    return sharpened(STUDENTS[name](tiny_config(**more), V))
 
 
 @pytest.fixture
-def tiny():
-    """A random teacher and a random student "gumbel", V = 7, T = 6, in float64."""
+def teacher():
+    """A random teacher with sharp outputs, V = 7, T = 6, in float64."""
     torch.manual_seed(0)
-    cfg = tiny_config()
-    teacher = sharpened(gd.Teacher(cfg, LETTERS).double())
-    student = sharpened(gd.Student(cfg, "gumbel", LETTERS.vocab_size).double())
-    return cfg, teacher, student
+    return sharpened(gd.Teacher(tiny_config(), V, V))
+
+
+class Letters:
+    """Random texts (N, 6) of 7 letters, with the attributes of gd.Maze: 40 to train on, 13 others
+    to validate on."""
+    vocab_size = bos_id = V
+    pretrained = None
+    tokenizer = dict(words=list("abcdefg"))
+    fingerprint = "letters"
+    n_train = 40
+
+    def __init__(self):
+        texts = torch.randint(V, (53, T), generator=gd.rng("letters"))
+        self.texts, self.val = texts.split([40, 13])
+
+    def rows(self, index):
+        return self.texts[index]
+
+
+@pytest.fixture(scope="session")
+def maze_run(tmp_path_factory):
+    """A short run on the maze with three students: its folder, teacher, students and rows."""
+    folder, data = tmp_path_factory.mktemp("maze"), gd.Maze()
+    cfg = gd.Config(device="cpu", compile=False, eval_every=400, n_samples=1000, nfe=[1, 3],
+                    out_dir=str(folder))
+    torch.manual_seed(0)
+    teacher = gd.train("teacher", gd.Teacher(cfg, 36, 36), data, cfg, 400)
+    models = {}
+    for name in STUDENTS:
+        torch.manual_seed(0)
+        models[name] = gd.train(name, STUDENTS[name](cfg, 36), data, cfg, 400, teacher)
+    return folder, teacher, models, gd.evaluate(teacher, models, data, cfg)
 
 
 @pytest.fixture(scope="session")
@@ -70,45 +101,17 @@ def real_data():
     return Path(folder)
 
 
-def maze_config(folder):
-    return gd.Config(**CPU, max_steps=450, eval_every=450, n_samples=1000, nfe=[1, 3],
-                     out_dir=str(folder))
-
-
-@pytest.fixture(scope="session")
-def maze_run(tmp_path_factory):
-    """One short run of the default experiment with its three students: (folder, rows)."""
-    folder = tmp_path_factory.mktemp("maze")
-    return folder, gd.run(maze_config(folder))
-
-
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """cli(main, *args) -> (exit status, stdout, stderr) of a command-line call in this process."""
-    def call(main, *args):
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
+def cli(capsys):
+    """cli(main, *words) -> (exit status, stdout, stderr) of main(words=words) in this process."""
+    def call(main, *words):
         status = 0
         try:
-            gd.run_cli(main)
+            main(words=[str(word) for word in words])
         except SystemExit as e:
             status = e.code or 0
         out, err = capsys.readouterr()
-        if isinstance(status, str):  # Python would print it and exit with status 1
-            status, err = 1, err + status + "\n"
+        if isinstance(status, str):     # Python would print it and exit with status 1
+            status, err = 1, err + status
         return status, out, err
     return call
-
-
-@pytest.fixture
-def gpt2_folder(tmp_path, real_data):
-    """A tiny random GPT-2 and its tokenizer, in the files that transformers expects."""
-    transformers = pytest.importorskip("transformers")
-    transformers.set_seed(0)
-    folder = tmp_path / "tiny-gpt2"
-    config = transformers.GPT2Config(n_positions=16, n_embd=16, n_layer=2, n_head=2,
-                                     initializer_range=0.5, tie_word_embeddings=False)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    for name, sha in (("merges.txt", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
-                      ("vocab.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")):
-        shutil.copy(real_data / "tiktoken_cache" / sha, folder / name)
-    return folder
