@@ -1,4 +1,4 @@
-"""Shared by all tests: tiny models and texts, one trained maze, real text where it is at hand."""
+"""Shared by all tests: tiny models and texts, real text where it is at hand."""
 
 import os
 import sys
@@ -24,10 +24,7 @@ TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --batch-size 8 --teacher-steps 4 --m
 
 
 def pytest_collection_modifyitems(items):
-    """One worker takes all tests of the maze run, so that it is trained once."""
     for item in items:
-        if "maze_run" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("maze"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA card here"))
 
@@ -74,21 +71,6 @@ class Letters:
 
     def rows(self, index):
         return self.texts[index]
-
-
-@pytest.fixture(scope="session")
-def maze_run(tmp_path_factory):
-    """A short run on the maze with three students: its folder, teacher, students and rows."""
-    folder, data = tmp_path_factory.mktemp("maze"), gd.Maze()
-    cfg = gd.Config(device="cpu", compile=False, eval_every=400, n_samples=1000, nfe=[1, 3],
-                    out_dir=str(folder))
-    torch.manual_seed(0)
-    teacher = gd.train("teacher", gd.Teacher(cfg, 36, 36), data, cfg, 400)
-    models = {}
-    for name in STUDENTS:
-        torch.manual_seed(0)
-        models[name] = gd.train(name, STUDENTS[name](cfg, 36), data, cfg, 400, teacher)
-    return folder, teacher, models, gd.evaluate(teacher, models, data, cfg)
 
 
 @pytest.fixture(scope="session")
