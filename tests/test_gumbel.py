@@ -45,7 +45,7 @@ def pinned_coupling(logp, x0, generator):
 
 
 def one_clock(logp, x0, generator):
-    """Theorem 4.1 with one E' for all losers: right token, right law of each token, wrong joint."""
+    """Theorem 4.1 with one E for all losers: right token, right law of each token, wrong joint."""
     E, E0 = gd.sample_exponential((2, *x0.shape, 1), generator, logp.dtype)
     xi = -(E + logp.exp() * E0).log()
     winner = x0[..., None]
@@ -72,14 +72,14 @@ def test_gumbel_noise_has_the_gumbel_law():
 
 
 def test_float32_noise_has_its_far_tail_and_no_infinities():
+    """-log(-log(U)) of a float32 uniform ends at 16.6, or jumps far beyond where U is 0."""
     g, largest, n = gd.rng("tail"), -math.inf, 0
-    for _ in range(8):
+    for _ in range(4):
         xi = gd.sample_gumbel((10_000_000,), g)
         assert xi.isfinite().all()
         largest, n = max(largest, xi.max().item()), n + (xi > 15).sum().item()
-    # -log(-log(U)) of a float32 uniform ends at 16.6, or jumps far beyond where U is 0
     assert 16.7 < largest < 30
-    assert abs(n - 8e7 * math.exp(-15)) < 4 * math.sqrt(8e7 * math.exp(-15))
+    assert abs(n - 4e7 * math.exp(-15)) < 4 * math.sqrt(4e7 * math.exp(-15))
 
 
 def test_argmax_frequencies_are_the_softmax():
@@ -88,18 +88,13 @@ def test_argmax_frequencies_are_the_softmax():
     assert (share - LOGP.exp()).abs().max() < 4 * math.sqrt(0.25 / 200_000)
 
 
-def test_posterior_noise_always_gives_the_token():
+def test_posterior_noise_always_gives_the_token_and_in_float32_but_for_rounding():
     g = gd.rng("always")
-    logp = torch.randn(100_000, 5, generator=g, dtype=torch.float64).mul(5).log_softmax(-1)
-    x0 = torch.randint(5, (100_000,), generator=g)
+    logp = torch.randn(400_000, 5, generator=g, dtype=torch.float64).mul(5).log_softmax(-1)
+    x0 = torch.randint(5, (400_000,), generator=g)
     assert ((logp + gd.posterior_gumbel(logp, x0, g)).argmax(-1) == x0).all()
-
-
-def test_posterior_noise_gives_the_token_in_float32_but_for_rounding():
-    g = gd.rng("float32")
-    logp = torch.randn(400_000, 5, generator=g).mul(5).log_softmax(-1)
     x0 = torch.distributions.Categorical(logits=logp).sample()
-    wrong = (logp + gd.posterior_gumbel(logp, x0, g)).argmax(-1) != x0
+    wrong = (logp + gd.posterior_gumbel(logp.float(), x0, g)).argmax(-1) != x0
     assert wrong.sum() <= 8
 
 
@@ -115,12 +110,14 @@ def test_rejection_catches_the_pinned_coupling_and_losers_that_move_together():
 
 
 def test_posterior_noise_of_the_teachers_own_tokens_is_iid_gumbel():
+    """Also between neighbouring positions."""
     g = gd.rng("marginal")
     logp = LOGP.expand(100_000, 5)
     x0 = (logp + gd.sample_gumbel(logp.shape, g, torch.float64)).argmax(-1)
     xi = gd.posterior_gumbel(logp, x0, g)
     assert max(ks_one_sample(xi[:, k], gumbel_cdf) for k in range(5)) < KS_LIMIT
-    off_diagonal = torch.corrcoef(xi.T) - torch.eye(5)
+    together = torch.cat([xi[:-1], xi[1:]], dim=1)              # (n, 10)
+    off_diagonal = torch.corrcoef(together.T) - torch.eye(10)
     assert off_diagonal.abs().max() < 4.5 / math.sqrt(100_000)
 
 
@@ -141,25 +138,8 @@ def test_posterior_survives_a_token_the_teacher_all_but_excludes():
     assert xi.isfinite().all() and (logp + xi).argmax() == 1
 
 
-def test_posterior_refuses_shapes_that_disagree():
-    with pytest.raises(ValueError, match="disagree"):
-        gd.posterior_gumbel(LOGP.expand(3, 5), torch.zeros(4, dtype=torch.long), gd.rng(0))
-
-
-def test_same_generator_state_same_noise():
-    a = gd.posterior_gumbel(LOGP[None], torch.tensor([1]), gd.rng(3, "x"))
-    b = gd.posterior_gumbel(LOGP[None], torch.tensor([1]), gd.rng(3, "x"))
-    c = gd.posterior_gumbel(LOGP[None], torch.tensor([1]), gd.rng(4, "x"))
-    assert a.equal(b) and not a.equal(c)
-
-
-def test_straight_flow_inequality_holds_for_the_posterior_and_for_the_biased_coupling():
-    """xi1[k1] - xi2[k1] > xi1[k2] - xi2[k2] for winners k1 != k2: it sees winners only, so it
-    cannot tell the biased coupling from the posterior."""
-    logp = LOGP.expand(50_000, 5)
-    for coupling in (gd.posterior_gumbel, pinned_coupling):
-        g = gd.rng("straight")
-        k1, k2 = torch.randint(5, (2, 50_000), generator=g)
-        difference = coupling(logp, k1, g) - coupling(logp, k2, g)
-        at = difference.gather(1, k1[:, None]) - difference.gather(1, k2[:, None])
-        assert (at[k1 != k2] > 0).all()
+def test_the_key_of_a_generator_decides_its_draws_and_a_number_is_one_whatever_its_type():
+    def draw(*key):
+        return gd.sample_gumbel((5,), gd.rng(*key))
+    assert draw(3, "x").equal(draw(3, "x")) and draw(3).equal(draw(np.int64(3)))
+    assert not draw(3, "x").equal(draw(4, "x")) and not draw(3, "x").equal(draw(3, "y"))
