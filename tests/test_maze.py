@@ -1,0 +1,91 @@
+"""The maze, and what noise is for.   python -m pytest tests/test_maze.py"""
+
+import pytest
+import torch
+
+import gumbel_distill as gd
+from conftest import STUDENTS, TINY, tiny_config
+
+
+@pytest.mark.quick
+def test_the_paths_are_all_shortest_walks_through_open_walls():
+    """Found once more, breadth first, from the walls that are drawn."""
+    walks = [[0]]
+    for _ in range(10):
+        longer = []
+        for walk in walks:
+            row, col = divmod(walk[-1], 6)
+            longer += [walk + [walk[-1] + 1]] * (col < 5 and gd.MAZE[row][col] in ">+")
+            longer += [walk + [walk[-1] + 6]] * (row < 5 and gd.MAZE[row][col] in "v+")
+        walks = longer
+    paths = gd.Maze().paths.tolist()
+    assert sorted(walk[1:] for walk in walks) == sorted(paths) and len(paths) == 51
+    assert {path[-1] for path in paths} == {35}
+
+
+@pytest.mark.quick
+def test_the_judge_measures_the_distance_to_the_uniform_distribution_on_the_paths():
+    maze = gd.Maze()
+    paths, wrong = maze.paths, torch.zeros(51, 10).long()
+    for x, valid, distinct, tv in ((paths, 1, 51, 0), (paths[:1], 1, 1, 50 / 51), (wrong, 0, 0, 1),
+                                   (torch.cat([paths, wrong]), 0.5, 51, 0.5),
+                                   (torch.cat([paths, paths[:17]]), 1, 51, 17 / 68 * 34 / 51)):
+        judged = maze.judge(x)
+        assert judged["valid"] == pytest.approx(valid) and judged["distinct"] == distinct
+        assert judged["tv"] == pytest.approx(tv)
+
+
+@pytest.mark.quick
+def test_a_drawing_shows_the_cells_of_a_path_and_whether_it_is_one():
+    maze = gd.Maze()
+    broken = maze.paths[0].flip(0)
+    lines = maze.show(torch.stack([maze.paths[7], broken])).split("\n")
+    for row in range(6):
+        for col in range(6):
+            assert (lines[row][2 * col] == "o") == (6 * row + col in [0] + maze.paths[7].tolist())
+    assert lines[6].split() == ["valid", "broken"]
+
+
+class Pairs:
+    """Texts of four tokens: half 0000, a third 1111, a sixth 2222. The first token decides."""
+    vocab_size = bos_id = 3
+    pretrained, tokenizer, fingerprint, n_train = None, {}, "pairs", 6
+    val = torch.tensor([0, 0, 0, 1, 1, 2])[:, None].repeat(1, 4)
+
+    def rows(self, index):
+        return self.val[index]
+
+
+def test_noise_carries_the_joint_that_independent_draws_lose(tmp_path):
+    """In one step. The student that reads noise has the right shares, too, and writes what the
+    teacher writes from the same noise."""
+    data = Pairs()
+    cfg = tiny_config(seq_len=4, n_embd=32, n_layer=1, batch_size=32, eval_every=120, lr=1e-2,
+                      warmup=20, ema=0.98, out_dir=str(tmp_path))
+    torch.manual_seed(0)
+    teacher = gd.train("teacher", gd.Teacher(cfg, 3, 3), data, cfg, 120)
+    truth = gd.generate(teacher, 1000, 4)
+    valid, agree = {}, {}
+    for name in STUDENTS:
+        student = gd.train(name, STUDENTS[name](cfg, 3), data, cfg, 120, teacher)
+        x = gd.generate(student, 1000, 4)
+        is_whole = (x == x[:, :1]).all(dim=1)
+        valid[name], agree[name] = is_whole.double().mean(), (x == truth).double().mean()
+        if name != "mdlm":
+            share = x[is_whole, 0].bincount(minlength=3) / is_whole.sum()
+            assert (share - torch.tensor([1 / 2, 1 / 3, 1 / 6])).abs().max() < 0.08
+    assert valid["mdlm"] < 0.3 and agree["mdlm"] < 0.6
+    for name in ("gumbel", "gumbel-draft"):
+        assert valid[name] > 0.7 and agree[name] > 0.8
+
+
+def test_the_default_run_prints_its_table_and_drawings(cli, tmp_path):
+    status, out, err = cli(gd.main, *TINY, "--nfe", 1, 3, "--out-dir", tmp_path)
+    assert status == 0, err
+    rows = [line.split() for line in out.splitlines()]
+    start = rows.index(["model", "nfe", "valid", "distinct", "tv", "teacher_nll"]) + 1
+    assert [row[:2] for row in rows[start:start + 6]] == [
+        ["data", "0"], ["teacher", "10"], ["mdlm", "1"], ["mdlm", "3"], ["gumbel", "1"],
+        ["gumbel", "3"]]
+    assert out.count("writes in 3 steps") == 2
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"teacher.pt", "mdlm.pt", "gumbel.pt"}
