@@ -35,7 +35,7 @@ def tiny_config(config=gd.Config, **more):
     return config(**{**given, **more})
 
 
-def sharpened(model, scale=30.0):
+def sharpened(model, scale=3.0):
     """Random weights give nearly uniform outputs; this makes them differ. In float64."""
     with torch.no_grad():
         for p in model.parameters():

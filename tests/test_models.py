@@ -169,7 +169,7 @@ def dense_loss(student, x0, xt, xi, t):
     net, is_masked = student.net, xt == V
     x = net.embed(xt)                                           # (B, T, C)
     if student.reads_noise:
-        x = torch.where(is_masked[..., None], xi.softmax(-1) @ student.embed_noise, x)
+        x = torch.where(is_masked[..., None], student.embed_noise(xi.softmax(-1)), x)
     logp = net.head(net(x + student.embed_pos.weight)).log_softmax(-1)      # (B, T, V)
     nll = -logp.gather(-1, x0[..., None])[..., 0]
     return (nll * is_masked / t).mean()

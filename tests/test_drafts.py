@@ -1,0 +1,105 @@
+"""The student that drafts.   python -m pytest tests/test_drafts.py"""
+
+import math
+
+import pytest
+import torch
+
+import drafts
+import gumbel_distill as gd
+from conftest import T, V, tiny_student
+
+pytestmark = pytest.mark.quick
+
+H = torch.randn(50, 16, generator=gd.rng("hidden"), dtype=torch.float64)
+XI = gd.sample_gumbel((50, V), gd.rng("noise"), torch.float64)
+
+
+def drafting_net(scale=1.0, h=H):
+    """A network about to draft at hidden states h (M, C), and all its logits there."""
+    net = tiny_student("gumbel-draft").net
+    net.scale.data.fill_(scale)
+    net.xi = XI[:len(h)]
+    return net, net.head(net.norm(h))
+
+
+@pytest.mark.parametrize("n_draft, scale", [(1, 1.0), (1, 0.1), (V, 1e6)])
+def test_a_draft_is_the_embedding_of_what_gumbel_max_would_draw(n_draft, scale, monkeypatch):
+    """With one best token, or at a large scale s."""
+    monkeypatch.setattr(drafts, "DRAFT_TOKENS", n_draft)
+    net, logits = drafting_net(scale)
+    token = (logits + XI).argmax(-1)
+    assert (token != XI.argmax(-1)).any() and (token != logits.argmax(-1)).any()
+    assert torch.allclose(net.draft(H), net.embed(token))
+
+
+def test_a_draft_of_all_tokens_is_the_dense_softmax_mixture(monkeypatch):
+    """In value and in the gradient of the head, the embedding, the scale and the hidden states."""
+    monkeypatch.setattr(drafts, "DRAFT_TOKENS", V)
+    h = H.clone().requires_grad_()
+    net, logits = drafting_net(0.7, h)
+    dense = (net.scale * (logits + XI)).softmax(-1) @ net.embed.weight[:V]
+    into = [h, net.scale, net.head.weight, net.embed.weight]
+    direction = torch.randn(50, 16, generator=gd.rng(3), dtype=torch.float64)
+    ours = net.draft(h)
+    assert torch.allclose(ours, dense)
+    for a, b in zip(*[torch.autograd.grad((x * direction).sum(), into) for x in (ours, dense)]):
+        assert b.abs().sum() > 0 and torch.allclose(a, b, atol=1e-9)
+
+
+def test_a_draft_sends_its_gradient_to_the_rows_of_the_best_tokens_alone(monkeypatch):
+    monkeypatch.setattr(drafts, "DRAFT_TOKENS", 3)
+    net, logits = drafting_net(h=H[:1])
+    best = (logits + XI[:1])[0].topk(3).indices.tolist()
+    net.draft(H[:1]).square().sum().backward()
+    for rows in (net.head.weight.grad, net.embed.weight.grad):
+        assert rows.abs().sum(1).nonzero()[:, 0].tolist() == sorted(best)
+
+
+@pytest.mark.parametrize("n_layer, before", [(4, [1, 2, 3]), (8, [2, 4, 6])])
+def test_drafts_are_read_at_each_quarter_of_the_layers(n_layer, before):
+    student, events = tiny_student("gumbel-draft", n_layer=n_layer), []
+    real = student.net.draft
+    student.net.draft = lambda h: (events.append("draft"), real(h))[1]
+    for layer in student.net.layers:
+        layer.register_forward_hook(lambda *_: events.append("layer"))
+    student(torch.full((1, T), V), XI[:T])
+    at = [i for i, event in enumerate(events) if event == "draft"]
+    assert [i - n for n, i in enumerate(at)] == before          # layers that ran before each draft
+
+
+def dense_logits(student, xt, xi):
+    """Logits (B, T, V) with everything at all positions: noise xi (B, T, V)."""
+    net, is_masked = student.net, (xt == V)[..., None]
+    x, n = net.embed(xt) + student.embed_pos.weight, len(net.layers)
+    for i, layer in enumerate(net.layers):
+        if i in (n // 4, n // 2, n * 3 // 4):
+            score = net.head(net.norm(x)) + xi
+            least = score.topk(2).values[..., -1:]
+            weight = (net.scale * score).masked_fill(score < least, -math.inf).softmax(-1)
+            x = x + is_masked * (weight @ net.embed.weight[:V])
+        x = layer(x, torch.arange(T), None)
+    return net.head(net.norm(x))
+
+
+def test_masked_only_loss_equals_the_dense_form_in_value_and_gradient(teacher, monkeypatch):
+    """So the noise of unmasked positions does not matter, nor that of another position."""
+    monkeypatch.setattr(drafts, "DRAFT_TOKENS", 2)
+    student, g = tiny_student("gumbel-draft", n_layer=4), gd.rng(5)
+    student.net.scale.data.fill_(0.7)
+    x0 = torch.randint(V, (8, T), generator=gd.rng(3))
+    t = gd.stratified_times(torch.full((8, 1), 0.5)).double()
+    xt = gd.q_sample(x0, t, V, g)
+    is_masked, logp = xt == V, teacher.logp(teacher.hidden(x0)).detach()
+    xi = gd.sample_gumbel((8, T, V), gd.rng(4), torch.float64)
+    xi[is_masked] = gd.posterior_gumbel(logp[is_masked], x0[is_masked], g)
+    nll = -dense_logits(student, xt, xi).log_softmax(-1).gather(-1, x0[..., None])[..., 0]
+    gradients = []
+    for loss in (student.loss(x0, t, gd.rng(5), teacher), (nll * is_masked / t).mean()):
+        loss.backward()
+        gradients.append([loss] + [p.grad.clone() for p in student.parameters()])
+        student.zero_grad()
+    for ours, dense in zip(*gradients, strict=True):
+        assert torch.allclose(ours, dense, rtol=1e-6, atol=1e-8)
+
+
