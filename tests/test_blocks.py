@@ -156,15 +156,6 @@ def test_the_calls_for_a_text_are_shared_out_evenly_among_its_blocks(block_size,
     assert sorted(set(starts)) == list(range(0, T, block_size))
 
 
-def test_the_first_blocks_of_a_text_do_not_depend_on_the_noise_of_later_ones():
-    student = block_student()
-    xi, u = gd.sequence_noise(1, torch.arange(40), T, student)
-    other, xt = xi.clone(), torch.full((40, T), V)
-    other[:, 4:] = xi[:, 4:].flip(0)
-    a, b = (student.write(xt, noise, u, T) for noise in (xi, other))
-    assert a[:, :4].equal(b[:, :4]) and not a[:, 4:].equal(b[:, 4:])
-
-
 def test_a_block_size_that_does_not_divide_the_length_is_refused():
     with pytest.raises(gd.UserError, match="--block-size 4"):
         block_student(block_size=4)

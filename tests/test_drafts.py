@@ -33,41 +33,6 @@ def test_a_draft_is_the_embedding_of_what_gumbel_max_would_draw(n_draft, scale, 
     assert torch.allclose(net.draft(H), net.embed(token))
 
 
-def test_a_draft_of_all_tokens_is_the_dense_softmax_mixture(monkeypatch):
-    """In value and in the gradient of the head, the embedding, the scale and the hidden states."""
-    monkeypatch.setattr(drafts, "DRAFT_TOKENS", V)
-    h = H.clone().requires_grad_()
-    net, logits = drafting_net(0.7, h)
-    dense = (net.scale * (logits + XI)).softmax(-1) @ net.embed.weight[:V]
-    into = [h, net.scale, net.head.weight, net.embed.weight]
-    direction = torch.randn(50, 16, generator=gd.rng(3), dtype=torch.float64)
-    ours = net.draft(h)
-    assert torch.allclose(ours, dense)
-    for a, b in zip(*[torch.autograd.grad((x * direction).sum(), into) for x in (ours, dense)]):
-        assert b.abs().sum() > 0 and torch.allclose(a, b, atol=1e-9)
-
-
-def test_a_draft_sends_its_gradient_to_the_rows_of_the_best_tokens_alone(monkeypatch):
-    monkeypatch.setattr(drafts, "DRAFT_TOKENS", 3)
-    net, logits = drafting_net(h=H[:1])
-    best = (logits + XI[:1])[0].topk(3).indices.tolist()
-    net.draft(H[:1]).square().sum().backward()
-    for rows in (net.head.weight.grad, net.embed.weight.grad):
-        assert rows.abs().sum(1).nonzero()[:, 0].tolist() == sorted(best)
-
-
-@pytest.mark.parametrize("n_layer, before", [(4, [1, 2, 3]), (8, [2, 4, 6])])
-def test_drafts_are_read_at_each_quarter_of_the_layers(n_layer, before):
-    student, events = tiny_student("gumbel-draft", n_layer=n_layer), []
-    real = student.net.draft
-    student.net.draft = lambda h: (events.append("draft"), real(h))[1]
-    for layer in student.net.layers:
-        layer.register_forward_hook(lambda *_: events.append("layer"))
-    student(torch.full((1, T), V), XI[:T])
-    at = [i for i, event in enumerate(events) if event == "draft"]
-    assert [i - n for n, i in enumerate(at)] == before          # layers that ran before each draft
-
-
 def dense_logits(student, xt, xi):
     """Logits (B, T, V) with everything at all positions: noise xi (B, T, V)."""
     net, is_masked = student.net, (xt == V)[..., None]
@@ -101,5 +66,3 @@ def test_masked_only_loss_equals_the_dense_form_in_value_and_gradient(teacher, m
         student.zero_grad()
     for ours, dense in zip(*gradients, strict=True):
         assert torch.allclose(ours, dense, rtol=1e-6, atol=1e-8)
-
-
