@@ -22,12 +22,12 @@ from gumbel_distill import Config, GumbelStudent, KVCache, Student, UserError, d
 
 @dataclasses.dataclass
 class BlockConfig(Config):
-    block_size: int = option(5, "tokens of a block; seq_len must be a multiple")
+    block_size: int = option(5, "tokens of a block; seq_len must be a multiple", "student")
     nfe: int = option((2, 6, 10), "steps to write a text in, one or more numbers", nargs="+")
 
 
 # -----------------------------------------------------------------------------
-# Attention: functions that take the place of attend_to_all
+# Ways to attend, see Transformer
 class BlockMask:
     """Attention over xt and then x0, 2T tokens. A block of xt sees itself and the earlier blocks of
     x0. A block of x0 sees x0 up to itself. `mask` (2T, 2T) is True where a row sees a column."""
@@ -78,7 +78,7 @@ class BlockStudent(Student):
             attend = BlockMask(T, self.block_size, xt.device)
         x = self.embed(xt, xi) + self.embed_pos(pos)
         h = self.net(x, pos, attend)
-        return self.net.logits(h[xt == self.mask_id])
+        return self.net.head(h[xt == self.mask_id])
 
     def loss(self, x0, t, generator, teacher):
         """Student.loss, where each block has a time of its own: that of another text, so that the

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gumbel_distill import STUDENTS, GumbelStudent, Student, Transformer, aligned, attend_to_all, main
+from gumbel_distill import STUDENTS, GumbelStudent, Student, Transformer, main
 
 DRAFT_TOKENS = 8                    # a draft mixes the embeddings of that many tokens
 
@@ -27,7 +27,7 @@ class DraftTransformer(Transformer):
         super().__init__(cfg, vocab_size, causal=False)
         self.scale = nn.Parameter(torch.ones(()))               # s
 
-    def forward(self, x, pos=None, attend=attend_to_all):
+    def forward(self, x, pos=None, attend=None):
         if pos is None:
             pos = torch.arange(x.size(1), device=x.device)
         n_layer = len(self.layers)
@@ -46,8 +46,7 @@ class DraftTransformer(Transformer):
         final norm and the output layer read an inner layer."""
         h = self.norm(h)
         # choose the k best by all logits, without a gradient; compute these k again, with one
-        logits = F.linear(h.detach(), aligned(self.head.weight.detach(), dim=0))
-        score = logits[:, :self.head.out_features] + self.xi    # (M, V)
+        score = F.linear(h.detach(), self.head.weight.detach()) + self.xi  # (M, V)
         best = score.topk(min(DRAFT_TOKENS, score.size(1)), dim=-1).indices            # (M, k)
         logits = torch.einsum("mkc,mc->mk", F.embedding(best, self.head.weight), h)
         weight = (self.scale * (logits + self.xi.gather(-1, best))).softmax(dim=-1)

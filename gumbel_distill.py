@@ -1,5 +1,4 @@
 """Gumbel Distillation for Parallel Text Generation, in one file.
-
 Paper: Zhang, Hu, Liu and Liu, ICLR 2026, arXiv 2603.22216. Official code: hxixixh/gumbel-distill
 
     python gumbel_distill.py                                           # a maze, on a CPU
@@ -42,16 +41,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 
-# -----------------------------------------------------------------------------
-# 1. Transformer: causal for the teacher, bidirectional for the student
-def attend_to_all(layer, q, k, v):
-    """Each position looks at all positions or, in a causal layer, at those up to itself."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=layer.causal)
-
-
+# --- 1. Transformer: causal for the teacher, bidirectional for the student ------------------------
 class Layer(nn.Module):
     """Attention and MLP. The MLP has ReLU^2 (So et al. 2021) where the official code has GELU."""
-
     def __init__(self, cfg, causal):
         super().__init__()
         C = cfg.n_embd
@@ -69,7 +61,10 @@ class Layer(nn.Module):
         qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)                        # (3, B, nh, T, hs)
         q, k = rotate(qkv[:2], pos)
-        y = attend(self, q, k, qkv[2])                          # (B, nh, T, hs)
+        if attend is None:
+            y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=self.causal)
+        else:
+            y = attend(self, q, k, qkv[2])                      # (B, nh, T, hs)
         y = self.attn_out(y.transpose(1, 2).reshape(B, T, C))
         x = x + F.dropout(y, self.dropout, self.training)
         y = F.relu(self.mlp_in(self.norm2(x)))                  # (B, T, 4 C)
@@ -89,7 +84,6 @@ def rotate(x, pos):
 class Transformer(nn.Module):
     """Token embedding, layers, final norm, output head. There are V outputs, but V + 1 input rows.
     The last row is [MASK] for a student, BOS for a teacher whose tokenizer has none."""
-
     def __init__(self, cfg, vocab_size, causal):
         super().__init__()
         self.embed = nn.Embedding(vocab_size + 1, cfg.n_embd)
@@ -98,19 +92,13 @@ class Transformer(nn.Module):
         self.head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         nn.init.normal_(self.embed.weight, std=0.02)
 
-    def forward(self, x, pos=None, attend=attend_to_all):
-        """Embeddings x (B, T, C) at positions pos (T,), 0 to T - 1 by default, -> hidden states
-        (B, T, C). attend is how a layer looks at other positions, a function as attend_to_all."""
-        if pos is None:
-            pos = torch.arange(x.size(1), device=x.device)
+    def forward(self, x, pos=None, attend=None):
+        """Embeddings x (B, T, C) -> hidden states (B, T, C). pos (T,): their positions, by default
+        0 to T - 1.  attend(layer, q, k, v): another way to attend, like a KVCache."""
+        pos = torch.arange(x.size(1), device=x.device) if pos is None else pos
         for layer in self.layers:
             x = layer(x, pos, attend)
         return self.norm(x)
-
-    def logits(self, h):
-        """Logits (..., V) of hidden states h (..., C)."""
-        weight = aligned(self.head.weight, dim=0)
-        return F.linear(h, weight)[..., :self.head.out_features]
 
     def nll(self, logits, x0):
         """-log p (M,) of tokens x0 (M,) by logits (M, V), in float32 also under autocast."""
@@ -118,15 +106,7 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits, x0, reduction="none")
 
 
-def aligned(x, dim):
-    """On a card, x (., .) with zeros up to a multiple of 64 in dimension dim: at V = 50,257 a
-    product is three to five times as fast then."""
-    n = -x.size(dim) % 64 if x.is_cuda else 0
-    return F.pad(x, (0, n) if dim == 1 else (0, 0, 0, n))
-
-
-# -----------------------------------------------------------------------------
-# 2. Teacher: an AR language model
+# --- 2. Teacher: an AR language model -------------------------------------------------------------
 class Teacher(nn.Module):
     """p(x0) = prod_i p(x0[i] | BOS, x0[:i]). The teacher itself puts BOS in front."""
     reads_noise = False
@@ -146,16 +126,15 @@ class Teacher(nn.Module):
         """log p (..., V) of every token, of hidden states h (..., C). bfloat16 is too coarse."""
         with torch.autocast(h.device.type, enabled=False):
             h = h.to(self.net.head.weight.dtype)
-            return self.net.logits(h).log_softmax(dim=-1)
+            return self.net.head(h).log_softmax(dim=-1)
 
     def loss(self, x0, *_):
         """Cross-entropy of x0 (B, T), nats per token. It reads none of a student's arguments."""
-        logits = self.net.logits(self.hidden(x0).flatten(0, 1))            # (B T, V)
+        logits = self.net.head(self.hidden(x0).flatten(0, 1))   # (B T, V)
         return self.net.nll(logits, x0.flatten()).mean()
 
 
-# -----------------------------------------------------------------------------
-# 3. Gumbel-Max labelling: token = argmax(logp + xi)                      (Theorem 4.1)
+# --- 3. Gumbel-Max labelling: token = argmax(logp + xi) (Theorem 4.1) -----------------------------
 def rng(*key, device="cpu"):
     """A torch.Generator seeded by `key`, which says what it is for, like (seed, "batch", step)."""
     key = tuple(part if isinstance(part, str) else int(part) for part in key)
@@ -164,9 +143,8 @@ def rng(*key, device="cpu"):
 
 
 def sample_exponential(shape, generator, dtype=torch.float32):
-    """E = -log(1 - u) ~ Exp(1), never 0 or infinite, with u = (n + 1/2) / 2^31 from 31 random bits.
-    Small E matter: there xi = -log E is large. u is precise near 0, so that xi reaches 22. With
-    torch.rand in float32, and with torch's exponential_ on a card, xi ends at 16.6."""
+    """E = -log(1 - u) ~ Exp(1), never 0 or infinite; u = (n + 1/2) / 2^31 has 31 random bits. Small
+    E matter: they make xi = -log E large. Here xi reaches 22, with torch.rand in float32 16.6."""
     bits = torch.empty(shape, dtype=torch.int32, device=generator.device)
     bits.random_(generator=generator)
     E = bits.to(dtype)              # in place from here: memory limits the speed of large noise
@@ -186,9 +164,8 @@ def posterior_gumbel(logp, x0, generator):
     With p = exp(logp) and E, E0 ~ Exp(1):   xi[k]  = -log(E[k] + p[k] E0)      for the losers
                                              xi[x0] = -log E0 - log p[x0]       for the winner
     This is the paper's formula with zeta = -log E, in a form that cannot overflow.
-    Args:    logp (..., V) float, nats, normalised over V;  x0 (...) long in [0, V)
-    Returns: xi (..., V) of logp's dtype; argmax(logp + xi) == x0, but for float32 rounding at one
-             of 1e6 positions; xi is iid Gumbel(0,1) when x0 ~ p
+    For logp (..., V), normalised, and x0 (...) it gives xi (..., V): argmax(logp + xi) == x0 (but
+    for float32 rounding at one of 1e6 positions), and xi is iid Gumbel(0,1) when x0 ~ p.
     Official code: utils.py get_posterior_gumbel.   Test: tests/test_gumbel.py"""
     E = sample_exponential(logp.shape, generator, logp.dtype)
     E0 = sample_exponential(x0.shape, generator, logp.dtype)[..., None]    # (..., 1)
@@ -200,8 +177,7 @@ def posterior_gumbel(logp, x0, generator):
 
 
 class KVCache(dict):
-    """Keys and values of all tokens read so far, for each Layer. A way to attend, see Transformer:
-    new tokens see those that were read and themselves."""
+    """Keys and values of the tokens read so far, by Layer. As `attend` new tokens see them, too."""
 
     def __call__(self, layer, q, k, v):
         kv = torch.stack([k, v])                                # (2, B, nh, T, hs)
@@ -219,8 +195,8 @@ def serial_extraction(teacher, xt, xi, *_):
     token = torch.full_like(xt[:, 0], teacher.bos_id)           # (B,)
     texts = []
     for i in range(xt.size(1)):
-        x = net.embed(token[:, None])                           # (B, 1, C)
-        h = net(x, torch.tensor([i], device=xt.device), cache)
+        pos = torch.tensor([i], device=xt.device)
+        h = net(net.embed(token[:, None]), pos, cache)          # (B, 1, C)
         logp = teacher.logp(h[:, 0])                            # (B, V)
         best = (logp + xi[:, i]).argmax(dim=-1)
         token = torch.where(xt[:, i] == xi.size(-1), best, xt[:, i])
@@ -228,11 +204,7 @@ def serial_extraction(teacher, xt, xi, *_):
     return torch.stack(texts, dim=1)
 
 
-Teacher.write = serial_extraction                               # as Student.write
-
-
-# -----------------------------------------------------------------------------
-# 4. Student: masked diffusion with alpha_t = 1 - t, without and with the noise
+# --- 4. Student: masked diffusion with alpha_t = 1 - t, without and with the noise ----------------
 def stratified_times(u, t_min=1e-3):
     """Times t (B, 1), one in each of B equal parts of [t_min, 1]; u (B, 1) in [0, 1) says where."""
     part = torch.arange(len(u), device=u.device)[:, None]       # (B, 1)
@@ -256,8 +228,7 @@ class Student(nn.Module):
         super().__init__()
         self.vocab_size = self.mask_id = vocab_size
         self.net = net or Transformer(cfg, vocab_size, causal=False)
-        # Rotary positions are relative: where all is masked, every position looks alike. The
-        # official code has the unmasked BOS as an anchor, we have an embedding per position.
+        # rotary positions are relative: where all is masked, every position would look alike
         self.embed_pos = nn.Embedding(cfg.seq_len, cfg.n_embd)
         nn.init.normal_(self.embed_pos.weight, std=0.02)
 
@@ -269,7 +240,7 @@ class Student(nn.Module):
         """Logits (M, V) at the masked positions of xt (B, T), row by row; xi (M, V) likewise."""
         x = self.embed(xt, xi) + self.embed_pos.weight          # (B, T, C)
         h = self.net(x)
-        return self.net.logits(h[xt == self.mask_id])
+        return self.net.head(h[xt == self.mask_id])
 
     def loss(self, x0, t, generator, teacher):
         """- E [ 1/t sum over masked i of log p_theta(x0_i | xt, xi) ] / T, in nats per token.
@@ -300,20 +271,16 @@ class Student(nn.Module):
 
 
 class GumbelStudent(Student):
-    """The paper's noise injection: softmax(xi) W replaces the embedding of [MASK]. softmax keeps
-    the ranks of the noise and tames its long tail."""
+    """The paper's noise injection: softmax(xi) W replaces the embedding of [MASK]."""
     reads_noise = True
 
     def __init__(self, cfg, vocab_size, net=None):
         super().__init__(cfg, vocab_size, net)
-        limit = vocab_size**-0.5                                # as nn.Linear has it
-        W = torch.empty(vocab_size, cfg.n_embd).uniform_(-limit, limit)
-        self.embed_noise = nn.Parameter(W)
+        self.embed_noise = nn.Linear(vocab_size, cfg.n_embd, bias=False)       # W
 
     def read(self, xi):
         """The noise xi (M, V) as embeddings (M, C)."""
-        weights = xi.softmax(dim=-1)                            # (M, V)
-        return aligned(weights, dim=1) @ aligned(self.embed_noise, dim=0)
+        return self.embed_noise(xi.softmax(dim=-1))             # keeps the ranks, tames the tail
 
     def embed(self, xt, xi):
         x = self.net.embed(xt)                                  # (B, T, C)
@@ -325,14 +292,9 @@ class GumbelStudent(Student):
         return logits.argmax(dim=-1)
 
 
-STUDENTS = {"mdlm": Student, "gumbel": GumbelStudent}
-
-
-# -----------------------------------------------------------------------------
-# 5. Sampling: the noise is drawn once and kept over all steps
+# --- 5. Sampling: the noise is drawn once and kept over all steps ---------------------------------
 def sequence_noise(seed, index, seq_len, model):
-    """All draws of the texts number `index` (n,), whatever the batch: noise xi (n, T, V), and
-    u (n, 2, T) in [0, 1), which says when a token is filled and which one is drawn."""
+    """All draws of the texts number `index` (n,), whatever the batch: xi (n, T, V), u (n, 2, T)."""
     like = next(model.parameters())
     xi, u = [], []
     for i in index.tolist():
@@ -343,9 +305,8 @@ def sequence_noise(seed, index, seq_len, model):
 
 
 def fill_steps(u, steps):
-    """The step 1..steps that fills each token, of u (B, T) in [0, 1). Step k takes the time down to
-    1 - k / steps, and fills the tokens whose u the time has now reached: from time t to s a share
-    (t - s) / t of those that are masked, as in MDLM's ancestral sampler."""
+    """The step 1..steps that fills each token, of u (B, T): the first with 1 - k / steps <= u. From
+    time t to s it fills a share (t - s) / t of what is masked, as MDLM's ancestral sampler does."""
     return (steps * (1 - u)).ceil()
 
 
@@ -366,57 +327,48 @@ def denoise(student, xt, xi, u, steps):
     return xt
 
 
-Student.write = denoise                                         # a method: extensions have others
+Teacher.write, Student.write = serial_extraction, denoise       # one way to write, for all models
+STUDENTS = {"mdlm": Student, "gumbel": GumbelStudent}
 
 
 def generate(model, n, seq_len, seed=0, nfe=1, known=None, tau=1.0):
     """n texts (n, T) of a Student or a Teacher. Text i depends on seed and i only, and all models
     write it from the same noise, scaled by tau. Tokens of `known` (T,) stay, where not V."""
     limit = 1 + 2**26 // (seq_len * model.vocab_size)           # 256 MiB of noise
-    if known is None:
-        known = torch.full((seq_len,), model.vocab_size)
+    known = torch.full((seq_len,), model.vocab_size) if known is None else known
     texts = []
     for index in torch.arange(n).split(min(1000, limit)):
         xi, u = sequence_noise(seed, index, seq_len, model)
-        xt = known.to(xi.device).expand(len(index), seq_len)
+        xt = known.to(xi.device).repeat(len(index), 1)          # (B, T)
         texts.append(model.write(xt, tau * xi, u, nfe))
     return torch.cat(texts)
 
 
-# -----------------------------------------------------------------------------
-# 6. The maze: data whose true distribution is known
-# Where each of 6 x 6 cells is open: > to the right, v below, + both. Paths lead to the last cell.
+# --- 6. The maze: data whose true distribution is known -------------------------------------------
+# Each of 6 x 6 cells, tokens 0 to 35, is open to the right (>), below (v), to both (+) or neither.
 MAZE = "++++v. +++>+v vv+++v +v>>+v v>++vv >>>>>.".split()
+MOVES = {">": [1], "v": [6], "+": [1, 6], ".": []}
 
 
-def shortest_paths(row=0, col=0):
-    """All shortest paths from a cell of the maze to the last one, lists of cells entered. Cell
-    (row, col) is token 6 row + col. A shortest path goes right or down."""
-    if row == col == 5:
-        return [[]]
-    paths = []
-    if MAZE[row][col] in ">+":
-        paths += [[6 * row + col + 1] + rest for rest in shortest_paths(row, col + 1)]
-    if MAZE[row][col] in "v+":
-        paths += [[6 * row + col + 6] + rest for rest in shortest_paths(row + 1, col)]
-    return paths
+def shortest_paths():
+    """All paths of ten moves, right or down, lists of the cells entered. All end in cell 35."""
+    cells, paths = "".join(MAZE), [[0]]
+    for _ in range(10):
+        paths = [path + [path[-1] + move] for path in paths for move in MOVES[cells[path[-1]]]]
+    return [path[1:] for path in paths]
 
 
 class Maze:
     """The 51 shortest paths through the maze, equally likely; they validate, too. The loss of a
     perfect teacher is ln 51 / 10 = 0.393. data.py has a class with the same attributes for text."""
     vocab_size = bos_id = 36                                    # the teacher gets a BOS of its own
-    pretrained = None                                           # a network for the teacher
     tokenizer = dict(words=[col + row for row in "123456" for col in "abcdef"], sep=" ")
-    fingerprint = "maze"
+    fingerprint, pretrained = "maze", None                      # pretrained: a net for the teacher
 
     def __init__(self):
         self.paths = torch.tensor(shortest_paths())             # (51, 10)
-        self.n_train, self.val = len(self.paths), self.paths
-
-    def rows(self, index):
-        """Training texts number `index` (n,) -> (n, T) long."""
-        return self.paths[index]
+        self.n_train, self.val = len(self.paths), self.paths.repeat(10, 1)
+        self.rows = self.paths.__getitem__                      # texts number `index` (n,): (n, T)
 
     def judge(self, x):
         """valid: share of the texts x (N, T) that are paths;  distinct: number of paths among them;
@@ -431,20 +383,14 @@ class Maze:
         """Texts (n, T) as drawings: o is a cell of the path, | and _ are walls."""
         lines = [""] * 7
         for path in x.tolist():
-            for cell in range(36):
-                is_open = MAZE[cell // 6][cell % 6]
+            for cell, is_open in enumerate("".join(MAZE)):
                 mark = "o" if cell in [0] + path else " _"[is_open in ">."]
                 lines[cell // 6] += mark + " |"[is_open in "v."]
             lines[6] += "valid       " if path in self.paths.tolist() else "broken      "
         return "\n".join(lines)
 
 
-# -----------------------------------------------------------------------------
-# 7. Training: one loop for teacher and student
-RANK = int(os.environ.get("RANK", 0))               # number of this process, set by torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", 1))        # number of processes
-
-
+# --- 7. Training: one loop for teacher and student ------------------------------------------------
 def backward(model, data, cfg, step, teacher):
     """Gradients of one step's batch, whose pieces the processes share out; returns its loss. All
     draws are keyed by (seed, step, piece): N processes take the steps of one, up to rounding."""
@@ -485,19 +431,21 @@ def fingerprint(model):
     return hashlib.blake2b(weights.tobytes(), digest_size=8).hexdigest()
 
 
-def resume(path, about):
-    """The checkpoint at `path`, or None. It must be made from what `about` says, a dict. Process 0
-    reads it for all."""
+def resume(path, about, parts):
+    """Read a checkpoint, made from what the dict `about` says, into the parts; its step and log."""
     saved = [None]
-    if RANK == 0 and os.path.exists(path):
+    if RANK == 0 and os.path.exists(path):  # process 0 reads it for all
         saved = [torch.load(path, map_location="cpu", weights_only=True)]      # code is refused
     if WORLD > 1:
         dist.broadcast_object_list(saved)
-    for name in about if saved[0] else []:
-        there, here = saved[0]["about"].get(name), about[name]
-        if there != here:
-            raise UserError(f"{path} has {name} {there}, not {here}; use another --out-dir")
-    return saved[0]
+    saved = saved[0] or dict(step=0, log=[], about=about)
+    for name in about:
+        there = saved["about"].get(name)
+        if there != about[name]:
+            raise UserError(f"{path} has {name} {there}, not {about[name]}; use another --out-dir")
+    for name in parts.keys() & saved.keys():
+        parts[name].load_state_dict(saved[name])
+    return saved["step"], saved["log"]
 
 
 def train(name, model, data, cfg, n_steps, teacher=None):
@@ -508,15 +456,11 @@ def train(name, model, data, cfg, n_steps, teacher=None):
     ema = copy.deepcopy(model).eval().requires_grad_(False)     # averaged weights write better
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     parts = dict(model=model, ema=ema, optimizer=optimizer)
-    names = vars(cfg).keys() - FREE if teacher else OF_TEACHER
-    about = {key: getattr(cfg, key) for key in sorted(names)}
-    about.update(n_steps=n_steps, data=data.fingerprint, teacher=teacher and fingerprint(teacher))
-    step, log = 0, []
-    saved = resume(path, about)
-    if saved:
-        step, log = saved["step"], saved["log"]
-        for part in parts:
-            parts[part].load_state_dict(saved[part])
+    about = dict(n_steps=n_steps, data=data.fingerprint, teacher=teacher and fingerprint(teacher))
+    for field in dataclasses.fields(cfg):
+        if field.metadata["of"] == "all" or field.metadata["of"] == "student" and teacher:
+            about[field.name] = getattr(cfg, field.name)
+    step, log = resume(path, about, parts)
     if cfg.compile:
         model.net.nll = torch.compile(model.net.nll, dynamic=True)
         for layer in model.net.layers:
@@ -546,52 +490,46 @@ def train(name, model, data, cfg, n_steps, teacher=None):
                 raise UserError(f"{name}: the loss is {val} at step {step}; try a lower --lr")
             log.append((step, loss.item(), val))
             saved = {part: parts[part].state_dict() for part in parts}
-            saved.update(name=name, about=about, config=vars(cfg), tokenizer=data.tokenizer,
-                         step=step, log=log)
+            saved.update(name=name, about=about, config=vars(cfg), step=step, log=log)
+            saved["tokenizer"] = data.tokenizer
             torch.save(saved, path + ".tmp")
             os.replace(path + ".tmp", path)                     # whole, or not at all
     bar.close()
     return ema
 
 
-# -----------------------------------------------------------------------------
-# 8. Settings: every field is a flag of the command line
+# --- 8. Settings: every field is a flag of the command line ---------------------------------------
+RANK = int(os.environ.get("RANK", 0))               # the number of this process, set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))        # how many processes there are
+UserError = SystemExit      # something the user can mend: Python prints the message, no traceback
 HAS_GPU = torch.cuda.is_available()
 HAS_BF16 = HAS_GPU and torch.cuda.is_bf16_supported(including_emulation=False)     # not the T4
-# What makes a teacher; and what may change when a run goes on (steps are compared by themselves)
-OF_TEACHER = ("dataset seq_len n_layer n_head n_embd dropout batch_size grad_accum lr warmup ema "
-              "seed").split()
-FREE = ("students nfe n_samples eval_every device compile out_dir teacher_steps max_steps "
-        "train_files val_files").split()
 
 
-class UserError(SystemExit):
-    """Something the user can mend. Python prints the message, and no traceback."""
-
-
-def option(default, help, **how):
-    """A field of Config; `how` goes to argparse's add_argument."""
-    return dataclasses.field(default=default, metadata=dict(how, help=help))
+def option(default, help, of="run", **how):
+    """A field of Config. `of` says whose weights it decides: those of "all" models, of a "student",
+    or of none ("run"). `how` goes to argparse's add_argument."""
+    return dataclasses.field(default=default, metadata=dict(of=of, how=dict(how, help=help)))
 
 
 @dataclasses.dataclass
 class Config:
     dataset: str = option("maze", "maze; with data.py: cities, text, tinystories, lm1b, owt")
-    seq_len: int = option(10, "tokens of a text")
-    n_layer: int = option(4, "layers of the Transformer")
-    n_head: int = option(2, "attention heads")
-    n_embd: int = option(64, "width")
-    dropout: float = option(0.0, "dropout probability")
-    batch_size: int = option(64, "texts of an optimiser step")
-    grad_accum: int = option(1, "pieces to split a batch into, to save memory")
-    lr: float = option(3e-3, "highest learning rate of AdamW")
-    warmup: int = option(100, "steps of linear warm-up")
-    ema: float = option(0.999, "decay per step of the averaged weights")
-    seed: int = option(0, "seed of every random draw")
+    seq_len: int = option(10, "tokens of a text", "all")
+    n_layer: int = option(4, "layers of the Transformer", "all")
+    n_head: int = option(2, "attention heads", "all")
+    n_embd: int = option(64, "width", "all")
+    dropout: float = option(0.0, "dropout probability", "all")
+    batch_size: int = option(64, "texts of an optimiser step", "all")
+    grad_accum: int = option(1, "pieces to split a batch into, to save memory", "all")
+    lr: float = option(3e-3, "highest learning rate of AdamW", "all")
+    warmup: int = option(100, "steps of linear warm-up", "all")
+    ema: float = option(0.999, "decay per step of the averaged weights", "all")
+    seed: int = option(0, "seed of every random draw", "all")
     teacher_steps: int = option(800, "optimiser steps of the teacher")
     max_steps: int = option(1500, "optimiser steps of each student")
-    t_min: float = option(1e-3, "smallest time t in training")
-    init_from: str = option("scratch", "first weights of a student: scratch, teacher, a checkpoint")
+    t_min: float = option(1e-3, "smallest time t in training", "student")
+    init_from: str = option("scratch", "first weights: scratch, teacher, or a file", "student")
     students: str = option((), "which students to train (all)", nargs="+")
     nfe: int = option((1, 3, 10), "steps to write a text in, one or more numbers", nargs="+")
     n_samples: int = option(3000, "texts for a row of the table")
@@ -599,18 +537,16 @@ class Config:
     device: str = option("cuda" if HAS_GPU else "cpu", "cpu or cuda")
     compile: bool = option(HAS_BF16, "torch.compile")
     out_dir: str = option("out/<dataset>", "folder of this run")
+    load = Maze                                                 # cfg.load() makes the data
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):  # numbers become plain, numpy's too
-            value = getattr(self, field.name)
-            kind = field.type
-            plain = [kind(one) for one in value] if "nargs" in field.metadata else kind(value)
-            setattr(self, field.name, plain)
+        for field in dataclasses.fields(self):  # numpy's numbers become plain; 2.5 is no int
+            kind, value = field.type, getattr(self, field.name)
+            if "nargs" in field.metadata["how"]:
+                setattr(self, field.name, [kind(str(one)) for one in value])
+            elif kind is not bool:
+                setattr(self, field.name, kind(str(value)))
         self.out_dir = self.out_dir.replace("<dataset>", self.dataset)
-
-    def load(self):
-        """The data that these settings name."""
-        return Maze()
 
 
 def parse(students, config=Config, words=None):
@@ -630,7 +566,7 @@ def parse(students, config=Config, words=None):
         if field.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=field.default, **how, **field.metadata)
+        parser.add_argument(flag, default=field.default, **how, **field.metadata["how"])
     cfg = config(**vars(parser.parse_args(words)))
     cfg.students = cfg.students or list(students)
     if not set(cfg.students) <= set(students):
@@ -642,15 +578,13 @@ def parse(students, config=Config, words=None):
     return cfg
 
 
-# -----------------------------------------------------------------------------
-# 9. The run: data, teacher, students, table
+# --- 9. The run: data, teacher, students, table ---------------------------------------------------
 @torch.no_grad()
 def evaluate(teacher, models, data, cfg):
     """The rows of the table: real text, the teacher, each student in few and in many steps."""
     n, T, seed = cfg.n_samples, cfg.seq_len, cfg.seed
     index = torch.randint(len(data.val), (n,), generator=rng(seed, "table"))
-    texts = [("data", 0, data.val[index]),                      # what n exact draws look like
-             ("teacher", T, generate(teacher, n, T, seed))]
+    texts = [("data", 0, data.val[index]), ("teacher", T, generate(teacher, n, T, seed))]
     for name in tqdm(models, desc="table", disable=None):
         for nfe in cfg.nfe:
             texts.append((name, nfe, generate(models[name], n, T, seed, nfe)))
@@ -666,11 +600,9 @@ def print_table(rows):
 
 
 def main(students=STUDENTS, config=Config, words=None):
-    """Train the teacher and the students, print the table and a few texts. students: name ->
-    class, as STUDENTS;  words: the command line, a list; without it that of the process"""
+    """Train the teacher and the students {name: class}, print a table and texts. words: as argv."""
     cfg = parse(students, config, words)
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    lock = FileLock(f"{cfg.out_dir}/.lock{RANK}")               # it dies with this process
+    lock = FileLock(f"{cfg.out_dir}/.lock{RANK}")               # makes the folder; dies with us
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -687,23 +619,23 @@ def main(students=STUDENTS, config=Config, words=None):
     for name in cfg.students:
         torch.manual_seed(cfg.seed)
         student = students[name](cfg, data.vocab_size)
-        if cfg.init_from == "teacher":                          # what it lacks stays new
-            student.load_state_dict(teacher.state_dict(), strict=False)
-        elif cfg.init_from != "scratch":
-            start = torch.load(cfg.init_from, map_location=cfg.device, weights_only=True)
-            student.load_state_dict(start["ema"], strict=False)
+        if cfg.init_from != "scratch":                          # what the start lacks stays new
+            start = teacher.state_dict()
+            if cfg.init_from != "teacher":
+                start = torch.load(cfg.init_from, map_location="cpu", weights_only=True)["ema"]
+            student.load_state_dict(start, strict=False)
         models[name] = train(name, student, data, cfg, cfg.max_steps, teacher)
     if WORLD > 1:
         dist.destroy_process_group()
-    if RANK > 0:
-        return
+        if RANK > 0:
+            return
     print_table(evaluate(teacher, models, data, cfg))
     nfe = cfg.nfe[len(cfg.nfe) // 2]
     for name, model in models.items():
         x = generate(model, 3, cfg.seq_len, cfg.seed, nfe)
         how = "by argmax" if model.reads_noise else "at temperature 1"
-        print(f"\n{name} writes in {nfe} steps, {how}:\n{data.show(x)}")
-    print(f"\nMore: python sample.py --ckpt {cfg.out_dir}/{name}.pt")
+        print(f"\n{name} writes in {nfe} steps, {how}:\n{data.show(x)}\n\n"
+              f"More: python sample.py --ckpt {cfg.out_dir}/{name}.pt")
 
 
 if __name__ == "__main__":

@@ -1,43 +1,179 @@
-"""The drawings of single chapters. What several of them share is in classroom.py."""
+"""Pictures: mazes, curves, and the drawings of single chapters."""
 
-import json
-import math
+import sys
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
-from classroom import BLUE, GREEN, GREY, MODELS, RED, STYLE
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import PillowWriter
+except ImportError:
+    sys.exit('The chapters and their pictures need matplotlib: pip install -e ".[dev]"')
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import gumbel_distill as gd  # noqa: E402
+
+# Colours that the colour-blind can tell apart, too (Okabe and Ito). Red means wrong, and only that.
+RED, BLUE, GREEN, GREY, PURPLE = "#D55E00", "#0072B2", "#009E73", "#999999", "#B8609A"
+STYLE = {  # colour, marker, line and label of each model in all pictures
+    "mdlm": (PURPLE, "s", "-", "MDLM"),
+    "mdlm-argmax": (PURPLE, "x", ":", "MDLM, argmax"),
+    "bd3lm": (PURPLE, "s", "-", "BD3-LM"),
+    "gumbel": (BLUE, "o", "-", "the paper's student"),
+    "gumbel-draft": (GREEN, "^", "-", "ours (drafts)"),
+    "teacher": ("black", "D", "--", "AR teacher"),
+}
+MASK = gd.Maze.vocab_size           # id of [MASK] in the maze
+
+
+# -----------------------------------------------------------------------------
+# Mazes
+def is_move(start, end):
+    """Whether a shortest path may go from one cell to another."""
+    where = gd.MAZE[start // 6][start % 6]
+    return (end == start + 1 and where in ">+") or (end == start + 6 and where in "v+")
+
+
+def draw_walls(axis, title=""):
+    """The walls of the maze, with S at the start and G at the goal."""
+    axis.plot([0, 6], [0, 0], color="black", lw=2)
+    axis.plot([0, 0], [0, 6], color="black", lw=2)
+    for cell in range(36):
+        x, y = cell % 6, cell // 6
+        if not is_move(cell, cell + 1):
+            axis.plot([x + 1, x + 1], [y, y + 1], color="black", lw=2)
+        if not is_move(cell, cell + 6):
+            axis.plot([x, x + 1], [y + 1, y + 1], color="black", lw=2)
+    axis.text(0.1, 0.38, "S", fontsize=8)
+    axis.text(5.6, 5.9, "G", fontsize=8)
+    axis.set(xlim=(-0.1, 6.1), ylim=(6.1, -0.1), aspect="equal")
+    axis.set_title(title, fontsize=10)
+    axis.axis("off")
+
+
+def draw(path, axis, title=""):
+    """A path (10,) of cells. Masked cells are left out. A move that no shortest path makes is red
+    and dotted."""
+    draw_walls(axis, title)
+    cells = [0] + [int(cell) for cell in path]
+    for start, end in zip(cells, cells[1:]):
+        if MASK in (start, end):
+            continue
+        style = dict(color=BLUE, lw=3) if is_move(start, end) else dict(color=RED, lw=2, ls=":")
+        axis.plot([start % 6 + 0.5, end % 6 + 0.5], [start // 6 + 0.5, end // 6 + 0.5],
+                  solid_capstyle="round", **style)
+    for cell in cells:
+        if cell != MASK:
+            axis.plot(cell % 6 + 0.5, cell // 6 + 0.5, "o", color="black", ms=4)
+
+
+def draw_all(paths, titles=None, columns=5, width=2.0):
+    """Paths (n, 10) as rows of mazes."""
+    n_rows = -(-len(paths) // columns)                          # rounded up
+    figure, axes = plt.subplots(n_rows, columns, figsize=(width * columns, 1.1 * width * n_rows),
+                                squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, path in enumerate(paths):
+        draw(path, axes.flat[i], titles[i] if titles else "")
+    return figure
+
+
+def on_grid(p, axis, title=""):
+    """Probabilities p (36,) of the cells, as shades of blue in the maze."""
+    axis.imshow(torch.as_tensor(p).view(6, 6), cmap="Blues", vmin=0, vmax=1, extent=(0, 6, 6, 0))
+    draw_walls(axis, title)
+
+
+def write_gif(models, n, nfe, path):
+    """A moving picture: how students fill in n paths, side by side, from the same noise. A frame
+    stands for 0.7 seconds, the last one of a path three times as long."""
+    xi, u = gd.sequence_noise(0, torch.arange(n), 10, models[0])
+    masked = torch.full((n, 10), MASK)
+    texts = [model.write(masked, xi, u, nfe) for model in models]
+    fill_step = gd.fill_steps(u[:, 0], nfe)                     # (n, 10)
+    figure, axes = plt.subplots(1, len(models), figsize=(2.6 * len(models), 3.0),
+                                layout="constrained")
+    writer = PillowWriter(fps=1 / 0.7)
+    with writer.saving(figure, path, dpi=100):
+        for i in range(n):
+            for k in range(nfe + 1):
+                for axis, model, x in zip(axes, models, texts):
+                    axis.clear()
+                    shown = torch.where(fill_step[i] <= k, x[i], MASK)
+                    draw(shown, axis, f"{STYLE[model.name][3]}, step {k}")
+                for _ in range(3 if k == nfe else 1):
+                    writer.grab_frame()
+    plt.close(figure)
+
+
+# -----------------------------------------------------------------------------
+# Curves
+def curve(axis, rows, column, ylabel):
+    """A column of rows against the number of steps, one line per model."""
+    for model, (color, marker, ls, name) in STYLE.items():
+        points = [(row["nfe"], row[column]) for row in rows if row["model"] == model]
+        if points:
+            axis.plot(*zip(*sorted(points)), color=color, marker=marker, ls=ls, lw=2, label=name)
+    ticks = sorted({row["nfe"] for row in rows})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+    axis.set(xlabel="steps of a text", ylabel=ylabel)
+    axis.grid(alpha=0.3)
+
+
+def hero(rows):
+    """The README's picture: valid paths, and distance from the truth, against the steps."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.9), layout="constrained")
+    curve(axes[0], rows, "valid", "share of valid paths")
+    curve(axes[1], rows, "tv", "distance from the truth (tv)")
+    axes[0].axhline(1, color="black", lw=1, ls="--")
+    floor = next(row["tv"] for row in rows if row["model"] == "data")
+    axes[1].axhline(floor, color="black", lw=1, ls="--", label="as many exact draws")
+    for axis in axes:
+        axis.set_ylim(0, 1.04)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_training(logs):
+    """Validation loss of the maze's models against the step; logs: name -> [(step, loss, val)]."""
+    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+    for name, log in logs.items():
+        color, marker, _, title = STYLE[name]
+        axis.plot([step for step, _, _ in log], [val for _, _, val in log], color=color,
+                  marker=marker, ms=4, label=title)
+    if log[0][0] < 100:
+        axis.set_xscale("log")
+    axis.set(xlabel="step", ylabel="validation loss,\nnats per token", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return axis
 
 
 # -----------------------------------------------------------------------------
 # Chapter 1
-def draw_race(T, words):
-    """Races of clocks: T (n, V) are the times of the rings. The first ring of a race is red."""
+def draw_race(T, words, end=3.0):
+    """Races of clocks: T (n, V) are the times of the rings. The first ring of a race is blue. A
+    clock that rings after `end` has an arrow."""
     figure, axes = plt.subplots(1, len(T), figsize=(10, 1.9), sharey=True, layout="constrained")
     for axis, times in zip(axes, T):
         winner = times.argmin()
         for k, time in enumerate(times):
-            color = RED if k == winner else BLUE
-            axis.plot([0, time], [k, k], color=color, lw=1)
-            axis.plot(time, k, "o", color=color)
-        axis.axvline(times[winner], color=RED, ls=":", lw=1)
-        axis.set(xlabel="time of the ring", xlim=(0, 1.05 * T.max()), ylim=(len(words) - 0.5, -0.5))
+            color = BLUE if k == winner else GREY
+            axis.plot([0, min(time, end)], [k, k], color=color, lw=1)
+            axis.plot(min(time, end), k, "o" if time < end else ">", color=color, clip_on=False)
+        axis.axvline(times[winner], color=BLUE, ls=":", lw=1)
+        axis.set(xlabel="time of the ring", xlim=(0, end), ylim=(len(words) - 0.5, -0.5))
         axis.set_title(f"{words[winner]} rings first", fontsize=10)
     axes[0].set_yticks(range(len(words)), words)
 
 
 # -----------------------------------------------------------------------------
 # Chapter 3
-def box(axis, x, y, text, color="white"):
-    axis.text(x, y, text, ha="center", va="center", fontsize=9,
-              bbox=dict(boxstyle="round,pad=0.45", facecolor=color, edgecolor="black"))
-
-
-def arrow(axis, start, end, color="black"):
-    axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=color, lw=1.5,
-                                                  shrinkA=4, shrinkB=4))
-
-
 def draw_method():
     """The whole method: training above, writing below."""
     figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
@@ -45,50 +181,45 @@ def draw_method():
     axis.axis("off")
     axis.text(0.1, 3.4, "training", fontsize=10, weight="bold")
     axis.text(0.1, 1.0, "writing", fontsize=10, weight="bold")
-    blue, green, orange = "#CFE3F1", "#CDEBE1", "#F9DEC9"
-    box(axis, 1.0, 2.6, "a real text\nx0")
-    box(axis, 3.1, 3.1, "teacher\none pass", blue)
-    box(axis, 5.4, 3.1, "posterior noise xi:\nthe teacher would\nhave written x0", orange)
-    box(axis, 3.1, 2.05, "masked text xt")
-    box(axis, 7.7, 2.6, "student", green)
-    box(axis, 9.3, 2.6, "x0 again\n(the loss)")
-    for start, end in (((1.5, 2.75), (2.6, 3.05)), ((3.6, 3.1), (4.5, 3.1)),
-                       ((6.35, 3.0), (7.3, 2.7)), ((1.5, 2.45), (2.45, 2.1)),
-                       ((3.8, 2.05), (7.3, 2.5)), ((8.1, 2.6), (8.75, 2.6))):
-        arrow(axis, start, end)
-    box(axis, 5.4, 0.5, "fresh noise xi", orange)
-    box(axis, 3.1, 0.5, "all masked")
-    box(axis, 7.7, 0.5, "the same student", green)
-    box(axis, 9.3, 0.5, "a new text")
-    arrow(axis, (6.1, 0.5), (6.95, 0.5))
+    blue, green, yellow = "#CFE3F1", "#CDEBE1", "#F7EFC2"
+    boxes = [(1.0, 2.6, "a real text\nx0", "white"), (3.1, 3.1, "teacher\none pass", blue),
+             (5.4, 3.1, "posterior noise xi:\nthe teacher would\nhave written x0", yellow),
+             (3.1, 2.05, "masked text xt", "white"), (7.7, 2.6, "student", green),
+             (9.3, 2.6, "x0 again\n(the loss)", "white"), (5.4, 0.5, "fresh noise xi", yellow),
+             (3.1, 0.5, "all masked", "white"), (7.7, 0.5, "the same student", green),
+             (9.3, 0.5, "a new text", "white")]
+    for x, y, text, color in boxes:
+        axis.text(x, y, text, ha="center", va="center", fontsize=9,
+                  bbox=dict(boxstyle="round,pad=0.45", facecolor=color, edgecolor="black"))
+    arrows = [(1.5, 2.75, 2.6, 3.05), (3.6, 3.1, 4.5, 3.1), (6.35, 3.0, 7.3, 2.7),
+              (1.5, 2.45, 2.45, 2.1), (3.8, 2.05, 7.3, 2.5), (8.1, 2.6, 8.75, 2.6),
+              (6.1, 0.5, 6.95, 0.5), (8.45, 0.5, 8.8, 0.5), (7.7, 2.25, 7.7, 0.85)]
+    for x1, y1, x2, y2 in arrows:
+        axis.annotate("", (x2, y2), (x1, y1), arrowprops=dict(arrowstyle="-|>", lw=1.5))
     axis.annotate("", (7.3, 0.3), (3.5, 0.3), arrowprops=dict(
         arrowstyle="-|>", lw=1.5, connectionstyle="arc3,rad=0.15"))
-    arrow(axis, (8.45, 0.5), (8.8, 0.5))
-    arrow(axis, (7.7, 2.25), (7.7, 0.85), GREY)
     return figure
 
 
-def draw_noise(logp, before, after, x0, words):
-    """One position: log-probabilities (V,), and the sums with noise (V,) before Theorem 4.1, when
-    it knows no token, and after, when it knows x0. Tokens of probability below 1e-3 are left out.
-    """
-    likely = (logp > -6.9).nonzero()[:, 0]
-    names = [words[i] for i in likely]
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.4), sharey=True, layout="constrained")
-    panels = {"logp of the teacher": logp, "logp + fresh noise": logp + before,
-              "logp + noise of Theorem 4.1": logp + after}
-    low = min(values[likely].min() for values in panels.values()) - 0.3    # where the bars begin
-    for axis, (title, values) in zip(axes, panels.items()):
-        values = values[likely]
-        colors = [GREY] * len(likely)
-        if title != "logp of the teacher":
-            colors[values.argmax()] = RED
-        axis.bar(range(len(likely)), values - low, bottom=low, color=colors)
-        axis.set_xticks(range(len(likely)), names)
-        axis.set_title(title, fontsize=10)
-    axes[0].set_ylabel("nats")
-    axes[1].set_xlabel("red: the argmax")
-    axes[2].set_xlabel(f"the text has {words[x0]}")
+def draw_noise(logp, noises, x0):
+    """One position: logp (36,), noise (36,) and their sum, a row for each of `noises`, a dict. Blue
+    is the best cell of the sum, a star the cell x0 of the text. Cells below -8 are left empty."""
+    figure, axes = plt.subplots(len(noises), 3, figsize=(8.4, 3.0 * len(noises)),
+                                layout="constrained")
+    for row, (name, noise) in zip(axes, noises.items()):
+        panels = {"logp of the teacher": logp, name: noise, "their sum": logp + noise}
+        for axis, (title, values) in zip(row, panels.items()):
+            draw_walls(axis, title)
+            best = values.argmax() if title == "their sum" else -1
+            for cell in range(36):
+                x, y, value = cell % 6 + 0.5, cell // 6 + 0.5, values[cell].item()
+                if value > -8:
+                    axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7)
+                if cell == best:
+                    axis.add_patch(plt.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, color=BLUE,
+                                                 alpha=0.4, lw=0))
+            if title == "their sum":
+                axis.text(x0 % 6 + 0.72, x0 // 6 + 0.4, "*", color="black", fontsize=10)
     return figure
 
 
@@ -97,8 +228,7 @@ def draw_loss(nll, is_masked):
     figure, axis = plt.subplots(figsize=(10, 2.6), layout="constrained")
     place = torch.arange(len(next(iter(nll.values()))))
     for k, (name, values) in enumerate(nll.items()):
-        color, _, title = STYLE[name]
-        axis.bar(place + 0.27 * (k - 1), values, 0.27, color=color, label=title)
+        axis.bar(place + 0.27 * (k - 1), values, 0.27, color=STYLE[name][0], label=STYLE[name][3])
     text, move = is_masked.nonzero(as_tuple=True)
     axis.set_xticks(place, [i + 1 for i in move.tolist()], fontsize=8)
     for start in range(1, len(is_masked)):
@@ -108,28 +238,11 @@ def draw_loss(nll, is_masked):
     return figure
 
 
-def draw_training(of="maze"):
-    """Validation loss of the models in the folder models/OF, against the step."""
-    figure, axis = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
-    rows = [json.loads(line) for line in (MODELS / of / "log.jsonl").read_text().splitlines()]
-    for name, (color, marker, title) in STYLE.items():
-        points = [(row["step"], row["val"]) for row in rows if row["model"] == name]
-        if points:
-            axis.plot(*zip(*points), color=color, marker=marker, label=title)
-    if of == "maze":
-        axis.axhline(math.log(51) / 10, color="black", lw=0.8, ls=":", label="entropy of the paths")
-    axis.set(xlabel="step", ylabel="validation loss,\nnats per token", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return figure
-
-
 # -----------------------------------------------------------------------------
 # Chapter 4
 def draw_pieces(rows, names, right, tokenizer, width=105):
     """Texts (T,) as pieces of words, one text a line, `width` letters of it: green where they equal
-    `right` (T,), else red. A masked piece is a grey line, the end of a line is /.
-    """
+    `right` (T,), else red. A masked piece is a grey line, the end of a line is /."""
     figure, axis = plt.subplots(figsize=(12, 0.3 * len(rows) + 0.1))
     axis.set(xlim=(-24, width), ylim=(len(rows) - 0.5, -0.5))
     axis.axis("off")
@@ -151,30 +264,22 @@ def draw_pieces(rows, names, right, tokenizer, width=105):
 
 def draw_frontiers(rows, real):
     """NLL against entropy; a panel for each number of steps, a curve for each student. A dotted
-    line is the entropy in `real`, the row of the texts to be like."""
+    line is the entropy in `real`, the row of the texts to be like. A large mark is the setting in
+    which the student usually writes."""
     steps = sorted({row["nfe"] for row in rows})
-    figure, axes = plt.subplots(1, len(steps), figsize=(11, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(steps), figsize=(11, 3.4), layout="constrained")
     for axis, nfe in zip(axes, steps):
-        for name, (color, marker, title) in STYLE.items():
-            points = [(row["entropy"], row["nll"]) for row in rows
-                      if (row["model"], row["nfe"]) == (name, nfe)]
-            if points:
-                axis.plot(*zip(*points), color=color, marker=marker, ms=5, label=title)
+        for name, (color, marker, ls, title) in STYLE.items():
+            here = [row for row in rows if (row["model"], row["nfe"]) == (name, nfe)]
+            if here:
+                axis.plot([row["entropy"] for row in here], [row["nll"] for row in here],
+                          color=color, marker=marker, ls=ls, ms=4, label=title)
+            for row in here:
+                if row["is_usual"]:
+                    axis.plot(row["entropy"], row["nll"], marker, color=color, ms=10)
         axis.axvline(real["entropy"], color="black", ls=":", label="the teacher's entropy")
         axis.set(title=f"steps: {nfe}", xlabel="entropy, nats")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("NLL, nats per token")
     axes[0].legend(fontsize=8)
-    return figure
-
-
-# -----------------------------------------------------------------------------
-# Chapter 6
-def gumbel_agreement(p, q):
-    """P(same token) with shared Gumbel noise, of p and q (N, V): (N,), by the exact formula."""
-    p, q = p.double().clamp(min=1e-30), q.double().clamp(min=1e-30)
-    total = torch.zeros(len(p), dtype=torch.float64)
-    for k in range(p.size(1)):
-        ratios = torch.maximum(p / p[:, k:k + 1], q / q[:, k:k + 1])        # (N, V)
-        total += 1 / ratios.sum(dim=1)
-    return total
+    return axes

@@ -1,7 +1,7 @@
 """Write docs/index.html: the maze's four models in the browser, to change their noise and watch.
 
-    python notebooks/page.py                      # of out/maze
-    python notebooks/page.py out/other --to page.html
+    python notebooks/page.py                      # of the models that come with the course
+    python notebooks/page.py out/maze --to page.html
 
 The page is one file. It needs no network and no server. notebooks/page.html is its template: text,
 style, the method in JavaScript, and a place for the data that this program puts in.
@@ -9,6 +9,7 @@ style, the method in JavaScript, and a place for the data that this program puts
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -16,31 +17,27 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
 import gumbel_distill as gd  # noqa: E402
-from config import UserError, check_equal, run_cli, weights_id  # noqa: E402
+import sample  # noqa: E402
 
 MODELS = ["teacher", "mdlm", "gumbel", "gumbel-draft"]
-MAX_BYTES = 1_000_000
 LEVELS = 44                     # a weight is one of -44..44 times the scale of its row
 FLOOR_AT = [10, 20, 50, 100, 200, 300, 500, 700, 1000]
 
 
 def load_models(folder):
-    """The maze's four models of a run's folder; UserError for one that does not belong there."""
-    models = []
+    """The maze's four models of a run's folder, {name: model}, and their settings."""
+    models = {}
     for name in MODELS:
         path = f"{folder}/{name}.pt"
-        model, tokenizer, saved = gd.load_model(path, "cpu")
-        cfg = saved["config"]
-        check_equal(path, vars(cfg), {"dataset": "maze", "block_size": cfg.seq_len},
-                    "the page shows the maze, each path in one block")
-        if models and saved["settings"].get("teacher"):         # MDLM needs none
-            check_equal(path, saved["settings"], {"teacher": weights_id(models[0])},
-                        "the page shows a teacher and its own students")
-        model.cfg, model.words = cfg, tokenizer.words
-        models.append(model)
-    return models
+        models[name], _, saved = sample.load_model(path)
+        if saved["config"]["dataset"] != "maze":
+            raise gd.UserError(f"{path} is trained on {saved['config']['dataset']}: the page shows "
+                               "the maze")
+        if name != "teacher" and saved["about"]["teacher"] != gd.fingerprint(models["teacher"]):
+            raise gd.UserError(f"{path} had another teacher than {folder}/teacher.pt: the page "
+                               "shows a teacher and its own students")
+    return models, saved["config"]
 
 
 def round_weights(w):
@@ -52,45 +49,45 @@ def round_weights(w):
 
 
 def encode(levels):
-    """Levels as text, a printable character each; none has a meaning in HTML or JSON.
-
-    Half precision in base64 would need 2.2 MB, and the models write the same paths with these.
-    """
+    """Levels as text, a printable character each; none has a meaning in HTML or JSON."""
     text = "".join(chr(80 + level) for level in levels.flatten().tolist())  # "$" to "|"
     return text.replace("<", "}").replace("\\", "~")
 
 
-def pack(model):
+def pack(model, config):
     """A model as plain values: its shape, and {name: [scales, text]}; a vector is one row."""
     weights = {}
     for name, w in model.state_dict().items():
         scales, levels = round_weights(torch.atleast_2d(w))
         weights[name] = [scales, encode(levels)]
-    return {"n_layer": model.cfg.n_layer, "n_head": model.cfg.n_head, "weights": weights}
+    return {"n_layer": config["n_layer"], "n_head": config["n_head"], "weights": weights}
+
+
+def mean_tv(n, n_paths):
+    """The mean total variation between n exact draws and the truth, n_paths equally likely paths:
+    the mean distance of a binomial number from its mean (de Moivre)."""
+    m, p = n // n_paths + 1, 1 / n_paths
+    return n_paths / n * m * math.comb(n, m) * p**m * (1 - p)**(n - m + 1)
 
 
 def build(folder):
     """The page of a run's folder, as text."""
-    models = load_models(folder)
-    paths = data.maze_paths()
+    models, config = load_models(folder)
+    paths = gd.shortest_paths()
     content = {
-        "maze": data.MAZE, "words": models[0].words, "paths": paths,
-        "floor": [[n, round(data.tv_exact_sampler(len(paths), n), 4)] for n in FLOOR_AT],
-        "max_steps": models[0].cfg.max_steps,
-        "models": {model.name: pack(model) for model in models},
+        "maze": gd.MAZE, "words": gd.Maze.tokenizer["words"], "paths": paths,
+        "floor": [[n, round(mean_tv(n, len(paths)), 4)] for n in FLOOR_AT],
+        "max_steps": config["max_steps"],
+        "models": {name: pack(model, config) for name, model in models.items()},
     }
-    text = json.dumps(content, separators=(",", ":"))
-    page = (ROOT / "notebooks" / "page.html").read_text(encoding="utf-8").replace("{{data}}", text)
-    if len(page.encode()) > MAX_BYTES:
-        raise UserError(f"{folder}: the page would have {len(page.encode()):,} bytes, and at most "
-                        f"{MAX_BYTES:,} load fast; take models with a smaller --n-embd")
-    return page
+    template = (ROOT / "notebooks" / "page.html").read_text(encoding="utf-8")
+    return template.replace("{{data}}", json.dumps(content, separators=(",", ":")))
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write the page that runs the maze's models.")
-    parser.add_argument("folder", nargs="?", default=ROOT / "out" / "maze",
-                        help="of a run of gumbel_distill.py (out/maze)")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", default=ROOT / "notebooks" / "models" / "maze",
+                        help="of a run of gumbel_distill.py (notebooks/models/maze)")
     parser.add_argument("--to", default=ROOT / "docs" / "index.html", type=Path,
                         help="the file to write (docs/index.html)")
     args = parser.parse_args()
@@ -100,4 +97,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

@@ -65,8 +65,6 @@ def stop_at(patch, n):
     patch.setattr(gd, "backward", backward)
 
 
-# -----------------------------------------------------------------------------
-# Going on
 @pytest.mark.parametrize("name", ["teacher", "gumbel", "bd3lm-draft"])
 def test_resumed_equals_uninterrupted_bit_for_bit(name, tmp_path, monkeypatch):
     """Stopped before any checkpoint, right after one, between two, and twice."""
@@ -149,8 +147,6 @@ def test_two_processes_go_on_with_the_checkpoint_of_the_first_and_take_the_steps
             assert torch.allclose(value, two[part][key], rtol=0, atol=1e-9), key
 
 
-# -----------------------------------------------------------------------------
-# Steps
 class Seen(gd.Teacher):
     """A teacher in float64 that remembers what its loss was shown: texts, times and a draw."""
 
@@ -209,8 +205,6 @@ def test_each_step_has_its_learning_rate_clipped_gradient_and_average(tmp_path, 
             assert torch.allclose(state["ema"][key], average[key], atol=1e-6)
 
 
-# -----------------------------------------------------------------------------
-# Validation
 def test_validation_is_that_of_the_averaged_model_on_the_texts_kept_for_it(tmp_path):
     model, saved = run(tmp_path, "teacher")
     _, _, val = saved["log"][-1]
@@ -245,8 +239,6 @@ def test_a_loss_that_is_not_finite_names_its_model_and_keeps_the_last_checkpoint
     assert load(tmp_path / "gumbel.pt")["step"] == 4
 
 
-# -----------------------------------------------------------------------------
-# Checkpoints
 def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     _, whole = run(tmp_path / "whole")
     real, calls = torch.save, []
@@ -320,8 +312,6 @@ def test_a_student_begins_with_the_weights_that_init_from_names(start, cli, tmp_
         assert p.equal(expected[key]), key
 
 
-# -----------------------------------------------------------------------------
-# Settings from Python
 def test_numbers_of_numpy_become_plain_and_make_a_readable_checkpoint(tmp_path):
     _, saved = run(tmp_path, seed=np.int64(3), lr=np.float64(0.01), nfe=np.array([1, 2]))
     assert saved["config"]["nfe"] == [1, 2] and type(saved["config"]["lr"]) is float

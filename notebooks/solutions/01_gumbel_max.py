@@ -17,6 +17,6 @@ answer = set()
 
 # Exercise 1.4. k1 wins in the first row: log p[k1] + one[k1] > log p[k2] + one[k2]. k2 wins in the
 # second: log p[k2] + two[k2] > log p[k1] + two[k1]. Added up, the log p cancel. Only the argmax was
-# used. So the inequality holds for every construction that picks the given tokens, for pinned noise
-# too: it proves that the tokens are right, and nothing about the distribution.
+# used. So the inequality holds for every construction that picks the given tokens, for A, too: it
+# proves that the tokens are right, and nothing about the distribution.
 answer = lambda one, two, k1, k2: one[:, k1] + two[:, k2] > one[:, k2] + two[:, k1]

@@ -3,7 +3,7 @@
 # Exercise 2.1. ABAB needs A at the positions 1 and 3, and no A at 2 and 4: a^2 a^2. BABA needs the
 # contrary: (1 - a)^2 (1 - a)^2. The sum is smallest at a = 1/2, with 1/8. At a = 1 every text is
 # right, but every text is ABAB.
-answer = lambda a: a**4 + (1 - a)**4
+answer = (lambda a: a**4 + (1 - a)**4, 0.5)
 
 # Exercise 2.2. true_p[i, c] is the share of paths with cell c at position i. The product along a
 # path is the probability of this path under independent draws. The paths exclude each other, so
