@@ -178,7 +178,6 @@ def posterior_gumbel(logp, x0, generator):
 
 class KVCache(dict):
     """Keys and values of the tokens read so far, by Layer. As `attend` new tokens see them, too."""
-
     def __call__(self, layer, q, k, v):
         kv = torch.stack([k, v])                                # (2, B, nh, T, hs)
         if layer in self:
@@ -526,7 +525,7 @@ class Config:
     warmup: int = option(100, "steps of linear warm-up", "all")
     ema: float = option(0.999, "decay per step of the averaged weights", "all")
     seed: int = option(0, "seed of every random draw", "all")
-    teacher_steps: int = option(800, "optimiser steps of the teacher")
+    teacher_steps: int = option(1000, "optimiser steps of the teacher")
     max_steps: int = option(1500, "optimiser steps of each student")
     t_min: float = option(1e-3, "smallest time t in training", "student")
     init_from: str = option("scratch", "first weights: scratch, teacher, or a file", "student")
