@@ -87,6 +87,7 @@ def train_one(run, name, cfg):
     torch.set_num_threads(1)
     data, teacher, own_texts = prepare(cfg)
     students, settings = RUNS[run]
+    cfg = copy.copy(cfg)
     vars(cfg).update(settings, out_dir=f"{cfg.out_dir}/{run}")
     os.makedirs(cfg.out_dir, exist_ok=True)
     torch.manual_seed(cfg.seed)
