@@ -105,7 +105,7 @@ def main(words=None):
     add("-n", type=int, default=1000, help="number of texts (1000)")
     add("--ratio", type=float, default=0.0, help="R of APD, 0 to 1; 1 is the student alone (0)")
     add("--seed", type=int, default=0, help="seed of all draws (0)")
-    add("--device", default=gd.Config.device, choices=["cpu", "cuda"][:1 + gd.HAS_GPU])
+    add("--device", default=gd.Config.device, choices={"cpu", gd.Config.device})
     args = parser.parse_args(words)
     if args.n < 1 or not 0 <= args.ratio <= 1:
         raise gd.UserError(f"-n {args.n}, --ratio {args.ratio}: give 1 or more, and 0 to 1")

@@ -6,9 +6,9 @@ Paper: Zhang, Hu, Liu and Liu, ICLR 2026, arXiv 2603.22216. Official code: hxixi
     python gumbel_distill.py --dataset lm1b                            # LM1B, on one GPU
 
 A parallel decoder draws many tokens in one step, each on its own, so "San" can meet "Angeles". An
-autoregressive (AR) teacher draws its tokens one after the other. Each draw is argmax(logp + xi)
-with Gumbel noise xi, so the noise determines the text. Show this noise to the parallel student, and
-the student no longer has to learn a joint distribution. It learns a function from noise to text:
+autoregressive (AR) teacher draws token after token, each as argmax(logp + xi) with Gumbel noise xi,
+so the noise determines the text. A parallel student that sees this noise need not learn a joint
+distribution. It learns a function from noise to text:
 
     1. mask each token of a text x0 with probability t                     q_sample
     2. one pass of the teacher: logp of all tokens at masked positions     Teacher
@@ -451,16 +451,18 @@ def train(name, model, data, cfg, n_steps, teacher=None):
     """Train a Teacher or Student, or go on from its checkpoint: bit for bit on a CPU with as many
     threads, as all draws are keyed by the step. Returns the averaged weights, a model."""
     path = f"{cfg.out_dir}/{name}.pt"
+    about = {}                                                  # what the model is made from
+    for field in dataclasses.fields(cfg):
+        if field.metadata["of"] == "all" or field.metadata["of"] == "student" and teacher:
+            about[field.name] = getattr(cfg, field.name)
+    about.update(n_steps=n_steps, data=data.fingerprint, start=fingerprint(model))
+    about["teacher"] = fingerprint(teacher) if teacher else None
     model.to(cfg.device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)     # averaged weights write better
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=True)
     parts = dict(model=model, ema=ema, optimizer=optimizer)
-    about = dict(n_steps=n_steps, data=data.fingerprint, teacher=teacher and fingerprint(teacher))
-    for field in dataclasses.fields(cfg):
-        if field.metadata["of"] == "all" or field.metadata["of"] == "student" and teacher:
-            about[field.name] = getattr(cfg, field.name)
     step, log = resume(path, about, parts)
-    if cfg.compile:
+    if cfg.compile and step < n_steps:
         model.net.nll = torch.compile(model.net.nll, dynamic=True)
         for layer in model.net.layers:
             layer.compile()
@@ -489,11 +491,9 @@ def train(name, model, data, cfg, n_steps, teacher=None):
                 raise UserError(f"{name}: the loss is {val} at step {step}; try a lower --lr")
             log.append((step, loss.item(), val))
             saved = {part: parts[part].state_dict() for part in parts}
-            saved.update(name=name, about=about, config=vars(cfg), step=step, log=log)
-            saved["tokenizer"] = data.tokenizer
-            torch.save(saved, path + ".tmp")
+            torch.save(dict(saved, name=name, about=about, config=vars(cfg), step=step, log=log,
+                            tokenizer=data.tokenizer), path + ".tmp")
             os.replace(path + ".tmp", path)                     # whole, or not at all
-    bar.close()
     return ema
 
 
@@ -501,8 +501,7 @@ def train(name, model, data, cfg, n_steps, teacher=None):
 RANK = int(os.environ.get("RANK", 0))               # the number of this process, set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))        # how many processes there are
 UserError = SystemExit      # something the user can mend: Python prints the message, no traceback
-HAS_GPU = torch.cuda.is_available()
-HAS_BF16 = HAS_GPU and torch.cuda.is_bf16_supported(including_emulation=False)     # not the T4
+HAS_BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def option(default, help, of="run", **how):
@@ -533,7 +532,7 @@ class Config:
     nfe: int = option((1, 3, 10), "steps to write a text in, one or more numbers", nargs="+")
     n_samples: int = option(3000, "texts for a row of the table")
     eval_every: int = option(500, "steps between validations; each writes the checkpoint")
-    device: str = option("cuda" if HAS_GPU else "cpu", "cpu or cuda")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     compile: bool = option(HAS_BF16, "torch.compile")
     out_dir: str = option("out/<dataset>", "folder of this run")
     load = Maze                                                 # cfg.load() makes the data
@@ -610,6 +609,7 @@ def main(students=STUDENTS, config=Config, words=None):
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
+    torch.backends.cuda.matmul.allow_tf32 = True                # precise enough for labels
     data = cfg.load()
     torch.manual_seed(cfg.seed)
     teacher = Teacher(cfg, data.vocab_size, data.bos_id, data.pretrained)

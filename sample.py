@@ -211,7 +211,7 @@ def parse(words=None):
     add("--temperature", type=float, help="of draws; 0: argmax (0 where noise is read, else 1)")
     add("--top-p", type=float, help="draw from the likeliest tokens of this probability (1)")
     add("--seed", type=int, default=0, help="seed of all draws (0)")
-    add("--device", default=gd.Config.device, choices=["cpu", "cuda"][:1 + gd.HAS_GPU])
+    add("--device", default=gd.Config.device, choices={"cpu", gd.Config.device})
     args = parser.parse_args(words)
     for name, low, high in (("n", 1, 1e9), ("nfe", 1, 1e9), ("tau", 0, 1e9),
                             ("temperature", 0, 1e9), ("top_p", 0, 1)):

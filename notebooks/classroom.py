@@ -69,7 +69,7 @@ def load_saved(name, of="maze"):
 
 def load_cities():
     """The data set of toy sentences."""
-    return data.config_of("cities", gd.Config)(dataset="cities").load()
+    return data.config_of("cities", gd.Config)().load()
 
 
 def at_temperature(student, temperature):
@@ -85,6 +85,11 @@ def texts_of(teacher, n, seq_len):
     train, val = x[:-(len(x) // 10)], x[-(len(x) // 10):]
     return SimpleNamespace(n_train=len(train), rows=lambda index: train[index], val=val,
                            fingerprint="texts of the teacher", tokenizer={})
+
+
+def entropy(x):
+    """Mean over texts (N, T) of the entropy of their tokens' counts, in nats."""
+    return data.Data.judge(None, x)["entropy"]
 
 
 # -----------------------------------------------------------------------------

@@ -283,3 +283,25 @@ def draw_frontiers(rows, real):
     axes[0].set_ylabel("NLL, nats per token")
     axes[0].legend(fontsize=8)
     return axes
+
+
+def draw_gains(rows):
+    """What a student learns from the noise. rows: (name, share masked) -> the NLL of a token with
+    all noise known, its own alone, none. A bar is the NLL without noise, 100 per cent."""
+    shares = sorted({t for _, t in rows}, reverse=True)
+    figure, axes = plt.subplots(1, len(shares), figsize=(11, 2.4), sharey=True,
+                                layout="constrained")
+    for axis, t in zip(axes, shares):
+        names = [name for name, share in rows if share == t]
+        for y, name in enumerate(names):
+            everything, own, none = [value / rows[name, t][2] for value in rows[name, t]]
+            parts = {"learned from the noise of others": (own - everything, GREEN),
+                     "from its own": (none - own, BLUE), "not learned": (everything, "#DDDDDD")}
+            left = 0
+            for title, (width, color) in parts.items():
+                axis.barh(y, max(0, width), left=left, color=color, label=title if y == 0 else None)
+                left += max(0, width)
+        axis.set_yticks(range(len(names)), names)
+        axis.set(title=f"masked: {t:.0%}", xlim=(0, 1), ylim=(len(names) - 0.4, -0.6))
+        axis.xaxis.set_major_formatter("{x:.0%}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -51,13 +51,20 @@ def test_the_command_line_has_the_defaults_of_python():
     assert cfg == gd.Config(students=list(gd.STUDENTS)) and cfg.out_dir == "out/maze"
 
 
-def test_the_one_file_runs_alone(tmp_path):
+def test_the_one_file_runs_alone_and_prints_its_table_and_drawings(tmp_path):
     shutil.copy(ROOT / "gumbel_distill.py", tmp_path)
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "gumbel_distill.py", *TINY], cwd=tmp_path, env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "teacher_nll" in done.stdout, done.stderr
-    assert (tmp_path / "out" / "maze" / "gumbel.pt").exists()
+    done = subprocess.run([sys.executable, "gumbel_distill.py", *TINY, "--nfe", "1", "3"],
+                          cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    start = rows.index(["model", "nfe", "valid", "distinct", "tv", "teacher_nll"]) + 1
+    assert [row[:2] for row in rows[start:start + 6]] == [
+        ["data", "0"], ["teacher", "10"], ["mdlm", "1"], ["mdlm", "3"], ["gumbel", "1"],
+        ["gumbel", "3"]]
+    assert done.stdout.count("writes in 3 steps") == 2
+    saved = {path.stem for path in (tmp_path / "out" / "maze").glob("*.pt")}
+    assert saved == {"teacher", "mdlm", "gumbel"}
 
 
 def test_a_text_without_data_py_is_refused_in_one_sentence(cli, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gumbel_distill as gd
-from conftest import STUDENTS, TINY, tiny_config
+from conftest import STUDENTS, tiny_config
 
 
 @pytest.mark.quick
@@ -77,15 +77,3 @@ def test_noise_carries_the_joint_that_independent_draws_lose(tmp_path):
     assert valid["mdlm"] < 0.3 and agree["mdlm"] < 0.6
     for name in ("gumbel", "gumbel-draft"):
         assert valid[name] > 0.7 and agree[name] > 0.8
-
-
-def test_the_default_run_prints_its_table_and_drawings(cli, tmp_path):
-    status, out, err = cli(gd.main, *TINY, "--nfe", 1, 3, "--out-dir", tmp_path)
-    assert status == 0, err
-    rows = [line.split() for line in out.splitlines()]
-    start = rows.index(["model", "nfe", "valid", "distinct", "tv", "teacher_nll"]) + 1
-    assert [row[:2] for row in rows[start:start + 6]] == [
-        ["data", "0"], ["teacher", "10"], ["mdlm", "1"], ["mdlm", "3"], ["gumbel", "1"],
-        ["gumbel", "3"]]
-    assert out.count("writes in 3 steps") == 2
-    assert {path.name for path in tmp_path.glob("*.pt")} == {"teacher.pt", "mdlm.pt", "gumbel.pt"}

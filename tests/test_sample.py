@@ -1,226 +1,224 @@
-"""sample.py: prompts, samplers, films, exact mode.   python -m pytest tests/test_sample.py"""
+"""sample.py: checkpoints, prompts, draws, films.   python -m pytest tests/test_sample.py"""
 
 import json
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
+import blocks
+import data
 import gumbel_distill as gd
 import sample
-from conftest import CPU, LETTERS, ROOT
+from conftest import TINY
 
-V, T = 7, 6
-
-
-def test_texts_do_not_depend_on_the_batch(tiny):
-    _, teacher, student = tiny
-    given = dict(nfe=4, temperature=1.0)
-    whole = gd.generate(student, 11, T, 3, **given)
-    assert whole.equal(gd.generate(student, 11, T, 3, batch_size=1, **given))
-    assert whole[:5].equal(gd.generate(student, 5, T, 3, batch_size=4, **given))
-    assert gd.generate(teacher, 11, T, 3).equal(gd.generate(teacher, 11, T, 3, batch_size=2))
-
-
-def test_tokens_of_the_prompt_stay_and_gaps_are_filled(tiny):
-    _, _, student = tiny
-    known = sample.prompt_ids("ab__c", LETTERS, T)
-    assert known.tolist() == [0, 1, V, V, 2, V]
-    for nfe in (1, 2, 50):
-        x = gd.generate(student, 20, T, 0, known, nfe=nfe, temperature=1.0)
-        assert (x[:, known < V] == known[known < V]).all() and (x < V).all()
-        assert len(x[:, 2:4].unique(dim=0)) > 5
-
-
-def test_a_space_before_a_gap_belongs_to_what_fills_it(real_data):
-    bpe = gd.Tokenizer()
-    gap = bpe.vocab_size
-    known = sample.prompt_ids("The ____ sat", bpe, 8).tolist()
-    assert known == [*bpe.encode("The"), *[gap] * 4, *bpe.encode(" sat"), *[gap] * 2]
-    assert sample.prompt_ids("", bpe, 3).tolist() == [gap] * 3
-    for spaces in (" ", "   "):
-        with_space = sample.prompt_ids("The cat" + spaces, bpe, 8)
-        assert with_space.equal(sample.prompt_ids("The cat", bpe, 8))
-    letters = gd.Tokenizer(list("abc "))                        # there a space is a token
-    assert sample.prompt_ids("ab ", letters, 4).tolist() == [0, 1, 3, 4]
-
-
-@pytest.mark.parametrize("prompt", ["abcabc", "abc_abc", "_______"])
-def test_prompts_that_leave_nothing_to_fill_in_or_too_long_are_refused(prompt):
-    with pytest.raises(gd.UserError, match="--prompt"):
-        sample.prompt_ids(prompt, LETTERS, T)
-
-
-def test_texts_that_cannot_be_are_refused(maze_run, cli):
-    folder, _ = maze_run
-    given = ["--ckpt", folder / "gumbel.pt"]
-    for args, said in ((["--prompt", "b1 " * 10], "--prompt"),
-                       (["--prompt", "b1 " * 10, "--exact"], "--prompt"),
-                       (["--nfe", 1, 2], "--nfe"), (["--eval"], "--eval"),
-                       (["--animate", "--exact"], "--animate"),
-                       (["--animate", "--out", "x"], "--animate"),
-                       (["--ckpt", folder / "mdlm.pt", folder / "mdlm.pt"], "one name")):
-        status, _, err = cli(sample.main, *given, *args)
-        assert status == 1 and said in err and err.count("\n") == 1, err
-
-
-def test_texts_are_written_as_json_lines(maze_run, cli, tmp_path):
-    folder, _ = maze_run
-    given = ["--ckpt", folder / "gumbel.pt", "--nfe", 3]
-    status, said, _ = cli(sample.main, *given, "-n", 7, "--out", tmp_path / "texts.jsonl",
-                          "--batch-size", 2)
-    rows = [json.loads(line) for line in open(tmp_path / "texts.jsonl")]
-    assert status == 0 and [r["index"] for r in rows] == list(range(7))
-    assert all(len(r["ids"]) == 10 and len(r["text"].split()) == 10 for r in rows)
-    model, _, _ = gd.load_model(str(folder / "gumbel.pt"), "cpu")
-    for r in rows[2:4]:  # a line says how its text is made again
-        settings = {name: r[name] for name in ("nfe", "tau", "temperature", "top_p")}
-        assert gd.generate(model, 7, 10, r["seed"], **settings)[r["index"]].tolist() == r["ids"]
-
-
-def test_a_text_is_shown_as_it_unmasks(maze_run, cli, tmp_path):
-    """Frame by frame: known tokens stand from the start, none goes, the last frame is the text."""
-    folder, _ = maze_run
-    for name in ("mdlm", "gumbel", "teacher"):
-        model, tokenizer, _ = gd.load_model(str(folder / f"{name}.pt"), "cpu")
-        known = sample.prompt_ids("b1 __ e1", tokenizer, 10)
-        settings = {"tau": 1.0}
-        if name != "teacher":
-            settings.update(nfe=3, temperature=float(name == "mdlm"))
-        film = sample.film(model, 4, 0, known, **settings)
-        assert film[0].equal(known) and len(film) == (11 if name == "teacher" else 4)
-        for before, after in zip(film, film[1:]):
-            assert (before == 36).sum() >= (after == 36).sum()
-            assert after[before != 36].equal(before[before != 36])
-        assert film[-1].equal(gd.generate(model, 5, 10, 0, known, **settings)[4])
-    status, said, err = cli(sample.main, "--ckpt", folder / "mdlm.pt", folder / "gumbel.pt",
-                            "--nfe", 3, "--animate", "--prompt", "b1 __ e1", "-n", 1)
-    n = said.count("/mdlm, step")                               # a step may fill nothing
-    assert status == 0 and n == said.count("/gumbel, step") and 2 <= n <= 4, err
-    assert [said.count(f", step {k}") for k in range(n)] == [2] * n
-    frames = said.split("/mdlm, step ")[1:]
-    # the start, b1 and e1 of both
-    cells = [len(re.findall(" [ox] ", frame)) for frame in frames]
-    assert cells[0] == 6 and cells == sorted(cells) and 20 <= cells[-1] <= 22
-
-
-def test_running_text_is_wrapped_and_what_is_new_is_marked(monkeypatch, capsys):
-    words = gd.Tokenizer(list("abc\n"))
-    frame, before = torch.tensor([0, 1, 3, 4, 2]), torch.tensor([0, 4, 3, 4, 4])
-    lines = sample.lines_of(frame, before, words, width=3)
-    assert lines == [[("a", "old"), ("b", "new"), ("\u21b5", "old")],
-                     [("_", "masked"), ("c", "new"), ("", "old")]]
-    monkeypatch.setattr(sample.sys.stdout, "isatty", lambda: True, raising=False)
-    films = [[torch.full((5,), 4), frame], [torch.full((5,), 4), frame, frame]]
-    sample.play(films, ["mdlm", "gumbel"], words, is_maze=False, pause=0)
-    said = capsys.readouterr().out
-    assert said.count("\033[6A\033[J") == 2                     # two frames overwrite the last one
-    assert said.count("\033[32mc\033[0m") == 3                  # green where it is new
-
-
-def test_the_teacher_writes_too(maze_run, cli):
-    folder, _ = maze_run
-    status, said, _ = cli(sample.main, "--ckpt", folder / "teacher.pt", "-n", 2)
-    assert status == 0 and said.count("o") >= 22
+NAMES = list(sample.MODELS)
+V, T = 36, 10                                                   # of the maze
+LETTERS = data.Tokenizer(list("abcdefg"))
 
 
 @pytest.fixture(scope="module")
-def block_run(tmp_path_factory):
-    """Blocks of two tokens, hardly trained."""
-    folder = tmp_path_factory.mktemp("blocks")
-    gd.run(gd.Config(**CPU, max_steps=4, eval_every=4, n_samples=20, nfe=[1], n_layer=1, n_embd=8,
-                     block_size=2, students=["gumbel"], out_dir=str(folder)))
-    return folder / "gumbel.pt"
+def run(tmp_path_factory):
+    """A folder with a checkpoint of each model, hardly trained."""
+    folder = tmp_path_factory.mktemp("run")
+    students = {name: sample.MODELS[name] for name in NAMES if name != "teacher"}
+    gd.main(students, blocks.BlockConfig, [*TINY, "--nfe", "2", "--out-dir", str(folder)])
+    return folder
 
 
-@pytest.mark.parametrize("name", ["mdlm", "gumbel", "gumbel-draft"])
-def test_exact_mode_is_apd_at_0_and_the_student_alone_is_apd_at_1(name, maze_run, cli, tmp_path):
-    """At 1 all tokens of the first draft agree with the student, whatever the teacher says."""
-    folder, _ = maze_run
-    texts = {}
-    for mode in ("--exact", "--apd 0", "--apd 0.5", "--apd 1"):
-        status, said, err = cli(sample.main, "--ckpt", folder / f"{name}.pt", *mode.split(), "-n",
-                                50, "--out", tmp_path / "texts.jsonl")
-        assert status == 0 and ("50 of 50" in said or mode[-1] in "51"), err
-        texts[mode] = [json.loads(line)["ids"] for line in open(tmp_path / "texts.jsonl")]
-    teacher, _, _ = gd.load_model(str(folder / "teacher.pt"), "cpu")
-    assert texts["--exact"] == texts["--apd 0"] == gd.generate(teacher, 50, 10).tolist()
-    model, _, _ = gd.load_model(str(folder / f"{name}.pt"), "cpu")
-    if model.reads_noise:
-        assert texts["--apd 1"] == gd.generate(model, 50, 10, nfe=1).tolist()
+def changed(path, to, **parts):
+    """Write the checkpoint at `path`, with other parts, to a file."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({**torch.load(path, weights_only=True), **parts}, to)
 
 
-def test_only_students_of_whole_texts_draft(maze_run, block_run, cli):
-    folder, _ = maze_run
-    for mode in (["--exact"], ["--apd", 0.5]):
-        for ckpt in (block_run, folder / "teacher.pt"):
-            status, _, err = cli(sample.main, "--ckpt", ckpt, *mode)
-            assert status == 1 and str(ckpt) in err and "--exact" in err
-    status, _, err = cli(sample.main, "--ckpt", folder / "mdlm.pt", "--apd", 2)
-    assert status == 1 and "--apd 2.0" in err
+# --- Checkpoints ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_gives_the_averaged_weights_of_the_class_it_names(name, run):
+    model, tokenizer, saved = sample.load_model(run / f"{name}.pt")
+    assert type(model) is sample.MODELS[name] and not model.training
+    assert tokenizer.decode([0, 1]) == "a1 b1" and saved["step"] == 4
+    assert all(p.equal(saved["ema"][key]) for key, p in model.state_dict().items())
+    assert any(not p.equal(saved["model"][key]) for key, p in model.state_dict().items())
+
+
+def test_files_that_are_no_checkpoint_are_refused_in_one_line(run, tmp_path, cli):
+    whole = (run / "mdlm.pt").read_bytes()
+    (tmp_path / "torn.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("To be, or not to be")
+    torch.save({"weights": torch.ones(3)}, tmp_path / "foreign.pt")
+    torch.save(gd.Maze(), tmp_path / "code.pt")                 # a pickle that runs code
+    changed(run / "mdlm.pt", tmp_path / "named.pt", name="os.system")
+    changed(run / "mdlm.pt", tmp_path / "other.pt", name="gumbel")
+    for name in "torn text foreign code named other missing".split():
+        status, out, err = cli(sample.main, "--ckpt", tmp_path / f"{name}.pt")
+        assert status == 1 and f"{name}.pt: " in err and "\n" not in err and not out
+        assert ("'os.system'" in err) == (name == "named")
+
+
+def test_without_a_name_the_newest_student_that_loads_writes(run, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "gumbel_distill.py" in cli(sample.main)[2]
+    (tmp_path / "out").mkdir()
+    for name in ("mdlm", "gumbel", "teacher"):  # the teacher is the newest
+        changed(run / f"{name}.pt", tmp_path / f"out/a/{name}.pt")
+    changed(run / "gumbel.pt", tmp_path / "out/a/mine.pt", name="mine")
+    (tmp_path / "out/b.pt").write_bytes(b"")
+    status, out, err = cli(sample.main)
+    assert status == 0 and out.startswith("out/a/gumbel.pt")
+    assert "out/a/mine.pt" in err and "'mine'" in err and "out/b.pt" in err
+    for path in (tmp_path / "out/a").glob("*m*.pt"):
+        path.unlink()
+    assert cli(sample.main)[1].startswith("out/a/teacher.pt")
+
+
+def test_a_model_that_stopped_half_way_and_models_of_other_tokens_are_told(run, tmp_path, cli):
+    changed(run / "mdlm.pt", tmp_path / "half.pt", step=3)
+    changed(run / "mdlm.pt", tmp_path / "other.pt", tokenizer=dict(gd.Maze.tokenizer, sep="-"))
+    assert "half.pt is half way, at step 3 of 4" in cli(
+        sample.main, "--ckpt", tmp_path / "half.pt")[2]
+    status, _, err = cli(sample.main, "--ckpt", run / "mdlm.pt", tmp_path / "other.pt")
+    assert status == 1 and "other.pt" in err
+
+
+# --- Prompts --------------------------------------------------------------------------------------
+def test_a_prompt_has_a_gap_at_each_underscore_and_after_it():
+    assert sample.prompt_ids("ab__c", LETTERS, 6).tolist() == [0, 1, 7, 7, 2, 7]
+    letters = data.Tokenizer(list("abc "))                      # there a space is a token
+    assert sample.prompt_ids("ab ", letters, 4).tolist() == [0, 1, 3, 4]
+
+
+def test_a_space_before_a_gap_belongs_to_what_fills_it(real_data):
+    bpe = data.Tokenizer()
+    gap = bpe.vocab_size
+    known = sample.prompt_ids("The ____ sat", bpe, 8).tolist()
+    assert known == [*bpe.encode("The"), *[gap] * 4, *bpe.encode(" sat"), *[gap] * 2]
+    assert sample.prompt_ids("The cat  ", bpe, 8).equal(sample.prompt_ids("The cat", bpe, 8))
+
+
+def test_what_cannot_be_written_is_refused_with_its_value_before_any_text(run, cli, tmp_path):
+    out = tmp_path / "no/such/folder.jsonl"
+    for args, said in ((["--prompt", "b1 " * 10], "10 tokens"), (["--prompt", "_" * 11], "11 tok"),
+                       (["--prompt", "a1 b1"], "'a1 b1'"), (["--prompt", "b1 c1 _ a2"], "b1 c1 _"),
+                       (["--prompt", "zz"], "'zz'"), (["--out", out], str(out)), (["-n", 0], "0"),
+                       (["--nfe", 0], "nfe is 0"), (["--top-p", 1.5], "1.5"),
+                       (["--temperature", -1], "-1"), (["--tau", "nan"], "nan")):
+        status, text, err = cli(sample.main, "--ckpt", run / "mdlm.pt", *args)
+        assert status == 1 and said in err and "\n" not in err and not text, (args, err)
+
+
+# --- Draws ----------------------------------------------------------------------------------------
+LOGITS = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15, 0.0]).log()
+U = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+
+
+def shares(**settings):
+    drawn = sample.nucleus(LOGITS.expand(len(U), 6), U, **settings)
+    return drawn.bincount(minlength=6) / len(U)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_are_softmax_of_the_logits_over_the_temperature(temperature):
+    expected = (LOGITS / temperature).softmax(dim=-1)
+    assert torch.allclose(shares(temperature=temperature), expected, atol=1e-4)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("top_p, kept", [(0.0, [1]), (0.3, [1]), (0.5, [1, 3]), (0.75, [1, 3, 4]),
+                                         (0.96, [0, 1, 2, 3, 4])])
+def test_the_nucleus_ends_with_the_token_that_passes_top_p(top_p, kept):
+    expected = torch.zeros(6)
+    expected[kept] = LOGITS.exp()[kept] / LOGITS.exp()[kept].sum()
+    assert torch.allclose(shares(top_p=top_p), expected, atol=1e-4)
+
+
+@pytest.mark.quick
+def test_a_plain_draw_is_that_of_the_student_bit_for_bit_and_a_cold_one_the_argmax():
+    g = gd.rng("draws")
+    logits, u = 3 * torch.randn(5000, 50, generator=g), torch.rand(5000, generator=g).double()
+    assert sample.nucleus(logits, u).equal(gd.Student.draw(None, logits, u))
+    for temperature in (0.0, 5e-324, 1e-310, 1e-100, 1e-7):
+        drawn = sample.nucleus(logits, u, temperature, top_p=0.5)
+        assert drawn.equal(logits.argmax(dim=-1))
+
+
+# --- Texts and films ------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_a_film_shows_the_steps_of_the_model_and_known_tokens_stay(name, run):
+    """It follows from the noise alone. Here it meets what the network saw in each of its calls."""
+    model, tokenizer, saved = sample.load_model(run / f"{name}.pt")
+    known = sample.prompt_ids("b1 ___ e2", tokenizer, T)
+    given = dict(nfe=4, tau=None, temperature=1.0, top_p=0.9)
+    nfe = sample.settings_of("x", model, saved, known, given)["nfe"]
+    step = sample.film_steps(model, 3, nfe, known, seed=0)[2]
+    calls = []
+    model.register_forward_pre_hook(
+        lambda m, args: calls.append((getattr(m, "start", 0), args[0][0] == V)))
+    xi, u = gd.sequence_noise(0, torch.tensor([2]), T, model)
+    x = model.write(known[None], xi, u, nfe)[0]
+    assert x.equal(gd.generate(model, 3, T, nfe=nfe, known=known)[2])
+    assert x[known < V].equal(known[known < V]) and (x < V).all()
+    if name == "teacher":
+        assert step.equal(torch.arange(1, T + 1) * (known == V))
+        return
+    for k in step.unique()[1:]:
+        start, is_gap = calls.pop(0)
+        assert is_gap.equal(step[start:start + len(is_gap)] >= k)
+        if calls and not calls[0][1].any():  # a finished block is read once more
+            calls.pop(0)
+
+
+def test_films_of_several_models_show_their_texts_filling_up(run, cli):
+    paths = [run / f"{name}.pt" for name in ("mdlm", "teacher")]
+    status, out, _ = cli(sample.main, "--ckpt", *paths, "--animate", "-n", 1, "--prompt", "b1 c1")
+    frames = [frame.split("\n", 1)[1] for frame in out.split("text 0, step ")[1:]]
+    models = [sample.load_model(path)[0] for path in paths]
+    known = torch.tensor([1, 2] + [V] * 8)
+    texts = [gd.generate(model, 1, T, nfe=2, known=known)[0] for model in models]
+    assert status == 0 and len(frames) == 1 + T                 # the teacher fills one in each
+    for frame, x in ((frames[0], [known, known]), (frames[-1], texts)):
+        assert frame.startswith(gd.Maze().show(torch.stack(x)))
+
+
+def test_texts_are_shown_whole_without_control_characters():
+    words = data.Tokenizer(["a", "\x1b[2J", "\t", "\x07", "\n", " <end>"])
+    assert sample.show(torch.arange(6)[None], words, "text") == "a\\x1b[2J\\t\\x07\n <end>"
+    words = data.Tokenizer(["a", data.END], " ")
+    x = torch.tensor([[0, 2, 0, 1], [1, 2, 1, 1]])              # 2 is a gap
+    assert sample.show(x, words, "cities") == "a _ a\n\n<end> _"
+    assert sample.show(x, words, "text") == "a _ a <end>\n\n<end> _ <end> <end>"
 
 
 def test_tokens_that_share_a_character_are_decoded_together(real_data):
-    bpe = gd.Tokenizer(size=1024)
+    bpe = data.Tokenizer(size=1024)
     text = "He said \u201cit\u2019s fine\u201d"
-    ids = torch.tensor(bpe.encode(text).tolist())
-    assert any("\ufffd" in bpe.decode([i]) for i in ids)        # some token is half a character
-
-    def shown(ids):
-        lines = sample.lines_of(ids, ids, bpe, width=10**6)
-        return "".join(piece for line in lines for piece, _ in line)
-    assert shown(ids) == text
-    for k in range(len(ids)):  # a gap anywhere, also within a character
-        gapped = ids.clone()
-        gapped[k] = 1024
-        assert "_" in shown(gapped) and "\ufffd" not in shown(gapped)
+    ids = torch.tensor([bpe.encode(text)])
+    assert any("\ufffd" in bpe.decode([i]) for i in ids[0])     # some token is half a character
+    assert sample.show(ids, bpe, "lm1b") == text
 
 
-def test_control_characters_are_written_out():
-    words = gd.Tokenizer(["a", "\x1b[2J", "\t", "\x07"])
-    frame = torch.arange(4)
-    said = "\n".join(sample.panels([(0, frame, frame)], ["x"], words, False, False))
-    assert "a\\x1b[2J\\t\\x07" in said and not set("\x1b\t\x07") & set(said)
-    assert sample.visible("a\nb\x1b") == "a\nb\\x1b"
+def test_a_line_of_json_says_how_its_text_is_written_again(run, cli, tmp_path):
+    paths = [run / f"{name}.pt" for name in ("mdlm", "gumbel", "bd3lm-gumbel", "teacher")]
+    given = ["--nfe", 5, "--tau", 0.5, "--top-p", 0.7, "--seed", 3, "--prompt", "b1", "-n", 3]
+    assert cli(sample.main, "--ckpt", *paths, *given, "--out", tmp_path / "a")[0] == 0
+    rows = [json.loads(line) for line in open(tmp_path / "a")]
+    assert [row["index"] for row in rows] == [0, 1, 2] * 4
+    for row in rows:
+        flags = [f"--{key.replace('_', '-')}={row[key]}"
+                 for key in ("ckpt", "seed", "prompt", "nfe", "tau", "temperature", "top_p")]
+        _, _, err = cli(sample.main, *flags, "-n", row["index"] + 1, "--out", tmp_path / "b")
+        assert not err and json.loads((tmp_path / "b").read_text().splitlines()[-1]) == row
 
 
-def test_mixing_needs_a_student(tiny):
-    _, teacher, _ = tiny
-    with pytest.raises(ValueError, match="without a student"):
-        sample.draft_and_verify(None, teacher, torch.zeros(1, T, V), ratio=0.5)
-
-
-def test_settings_without_effect_are_named(maze_run, cli):
-    folder, _ = maze_run
-    given = ["--nfe", 11, "--tau", 0.5, "-n", 1]
-    _, _, err = cli(sample.main, "--ckpt", folder / "mdlm.pt", *given)
-    assert "--nfe 11 has no effect" in err and "--tau 0.5 has no effect" in err
-    _, _, err = cli(sample.main, "--ckpt", folder / "gumbel.pt", *given)
-    assert "--nfe 11 has no effect" in err and "--tau" not in err
-
-
-def test_without_temperature_the_noise_decides_or_else_a_draw(maze_run, cli, tmp_path):
-    folder, _ = maze_run
-    for name, temperature in (("mdlm", 1.0), ("gumbel", 0.0)):
-        cli(sample.main, "--ckpt", folder / f"{name}.pt", "-n", 1, "--out", tmp_path / "a.jsonl")
-        assert json.loads((tmp_path / "a.jsonl").read_text())["temperature"] == temperature
-
-
-def test_exact_mode_says_that_it_shows_four_texts(maze_run, cli):
-    folder, _ = maze_run
-    for n, is_said in ((4, False), (5, True)):
-        _, said, _ = cli(sample.main, "--ckpt", folder / "gumbel.pt", "--exact", "-n", n)
-        assert ("the first 4 of 5 texts" in said) == is_said
-        assert said.count("\n1 |") == 4                         # drawings
-
-
-def test_a_reader_that_has_enough_ends_it_without_an_error(maze_run):
-    folder, _ = maze_run
-    command = [sys.executable, ROOT / "sample.py", "--ckpt", folder / "gumbel.pt", "-n", "2000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
-        p.stdout.readline()
-        p.stdout.close()
-        err = p.stderr.read().decode()
-    assert "rror" not in err and "Broken" not in err
+def test_flags_without_effect_are_named(run, cli):
+    for name, args, ignored in (
+            ("teacher", "--temperature 0 --top-p .1 --nfe 2 --tau .5", ["nfe", "temp", "top_p"]),
+            ("mdlm", "--tau .5 --top-p .5 --temperature .5", ["tau 0.5"]),
+            ("mdlm", "--top-p .5 --temperature 1e-9", ["top_p 0.5"]),
+            ("gumbel", "--top-p .5 --tau .5 --nfe 3", ["top_p 0.5"]),
+            ("bd3lm", "--nfe 3", ["nfe 3"]), ("mdlm", "--nfe 11", ["nfe 11"]),
+            ("bd3lm", "--prompt b1____e2", []), ("bd3lm", "--prompt ________f5", [""]),
+            ("teacher", "--prompt b1_d1", [""]), ("teacher", "--prompt b1", [])):
+        _, _, err = cli(sample.main, "--ckpt", run / f"{name}.pt", "-n", 1, *args.split())
+        assert len(err.splitlines()) == len(ignored), err
+        assert all(f"note: {said}" in err for said in ignored)
