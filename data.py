@@ -1,5 +1,4 @@
-"""Data for gumbel_distill.py: toy sentences, text files, the Hugging Face hub, and what comes from
-GPT-2: its tokens, and models as teachers.
+"""Data for gumbel_distill.py: toy sentences, text files, the hub; GPT-2's tokens and models.
 
     python gumbel_distill.py --dataset text --train-files 'texts/*.txt'
     python gumbel_distill.py --dataset lm1b --help                     # with its own defaults
@@ -61,8 +60,8 @@ def config_of(dataset, config):
     preset = dict(PRESETS[dataset], dataset=dataset)
     fields = [(name, kind, dataclasses.field(default=preset.get(name, default), metadata=how))
               for name, kind, default, how in fields]
-    load = load_text if is_text else load_cities
-    return dataclasses.make_dataclass("Config", fields, bases=(config,), namespace={"load": load})
+    space = {"load": load_text if is_text else load_cities}
+    return dataclasses.make_dataclass("Config", fields, bases=(config,), namespace=space)
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
@@ -87,8 +86,7 @@ class Tokenizer:
             return self.bpe.encode(text, allowed_special="all")
         words = text.split() if self.sep else text
         for word in set(words) - self.ids.keys():
-            raise UserError(f"{word!r} is not among the {self.vocab_size} tokens of the training "
-                            "text; leave it out, or train on text that has it")
+            raise UserError(f"{word!r} is in no training text: leave it out, or train on such text")
         return [self.ids[word] for word in words]
 
     def decode(self, ids):
@@ -117,8 +115,8 @@ class Data:
     def __init__(self, train, val, seq_len, tokenizer, stride=1, pretrained=None):
         for name, tokens in ("training", train), ("validation", val):
             if not 0 < seq_len <= len(tokens):
-                raise UserError(f"--seq-len {seq_len}: must be 1 to {len(tokens)}, which is all "
-                                f"that the {name} text has; or give more text")
+                raise UserError(f"--seq-len {seq_len}: the {name} text has {len(tokens)} tokens; a "
+                                "sequence has 1 to all of these")
         self.train, self.seq_len, self.stride = train, seq_len, stride
         self.pretrained = pretrained                            # None, or a net for the teacher
         self.n_train = (len(train) - seq_len) // stride + 1
@@ -131,15 +129,13 @@ class Data:
 
     def rows(self, index):
         """Training texts number `index` (n,) -> (n, T) long."""
-        starts = np.asarray(index)[:, None] * self.stride
-        tokens = self.train[starts + np.arange(self.seq_len)]
-        return torch.from_numpy(tokens.astype(np.int64))
+        places = np.asarray(index)[:, None] * self.stride + np.arange(self.seq_len)
+        return torch.from_numpy(self.train[places].astype(np.int64))
 
     def judge(self, x):
         """entropy: of the counts of tokens in a text, in nats; the mean over texts x (N, T)"""
-        counts = [text.unique(return_counts=True)[1] for text in x]
-        entropy = [torch.special.entr(count / count.sum()).sum() for count in counts]
-        return dict(entropy=torch.stack(entropy).mean().item())
+        shares = [text.unique(return_counts=True)[1] / len(text) for text in x]
+        return dict(entropy=sum(torch.special.entr(p).sum().item() for p in shares) / len(x))
 
     def show(self, x):
         return "\n\n".join(self.decode(text) for text in x)
@@ -176,14 +172,12 @@ SLOTS = {
                                               for n in ("two", "three")],
 }
 NAMES = SLOTS["city"] + SLOTS["town"]
-
-
-def sentence_pattern(template):
-    """The regular expression of the sentences of one template."""
-    for slot, phrases in SLOTS.items():
-        first, again = f"(?P<{slot}>{'|'.join(phrases)})", f"(?P={slot})"
-        template = template.replace(f"{{{slot}}}", first, 1).replace(f"{{{slot}}}", again)
-    return re.compile(f"{template}( {END})+")
+# The regular expressions of these sentences, and of no others
+PATTERNS = [f"{sentence}( {END})+" for sentence in SENTENCES]
+for slot, phrases in SLOTS.items():
+    first, again = f"(?P<{slot}>{'|'.join(phrases)})", f"(?P={slot})"
+    slot = f"{{{slot}}}"
+    PATTERNS = [p.replace(slot, first, 1).replace(slot, again) for p in PATTERNS]
 
 
 class Cities(Data):
@@ -193,8 +187,7 @@ class Cities(Data):
         """valid: share of the texts x (N, T) that the grammar allows;  wrong_names: share of names
         like Los York;  tv: total variation between the names and the true ones, 0 to 1"""
         texts = [self.decode(text) for text in x.tolist()]
-        patterns = [sentence_pattern(template) for template in SENTENCES]
-        valid = sum(any(p.fullmatch(text) for p in patterns) for text in texts)
+        valid = sum(any(re.fullmatch(p, text) for p in PATTERNS) for text in texts)
         first_words = "|".join({name.split()[0] for name in NAMES})
         found = re.findall(rf"\b(?=((?:{first_words}) \S+))", "\n".join(texts))
         counts, n = [found.count(name) for name in NAMES], max(1, len(found))
@@ -230,8 +223,7 @@ PIECE = 2**14                   # longest piece of text, in characters, that is 
 MAX_VAL_TOKENS = 10_000_000     # of a large text so many are enough
 # Endings of files; .gz may follow. Those without an ending are text, others are refused.
 ENDINGS = ".txt .text .md .jsonl .json .ndjson .parquet".split()
-# What ends a document within a text, with the line ends around it. At the end of what is read so
-# far it waits: a line end may follow.
+# What ends a document, with the line ends around it; where the text so far ends, one may follow.
 JOINT = "\n<|endoftext|>\n"
 ENDS = re.compile(r"\n?<\|endoftext\|>(?!\Z)\n?")
 
@@ -244,8 +236,7 @@ TORN = [(re.compile(pattern), whole) for pattern, whole in [
     (r" : (?<=\d : )(?=\d\d\b)", ":"),                          # 9 : 30
     (r'^([^"]*[,.!?]) "(?= [a-z])', r'\1"'),                    # begun before: it ends , " he said
     (r'"(?<![^ \n]") (.+?) "(?!\S)', r'"\1"'),                  # then quotes open and close in turn
-    (r' "$', '"'),
-    (r'"(?<!\S") (?=\S)', '"'),
+    (r' "$', '"'), (r'"(?<!\S") (?=\S)', '"'),
     (r" '(?=(?:t|s|re|ve|m|ll|d|T|S)\b(?!'))", "'"),            # don 't, Anna 's
     (r" ' (?<=\. ' )(?=s\b)", "'"),                             # L.A. ' s
     (r" '(?<=\b[b-hj-zB-HJ-Z] ')(?=\w)(?!\w+')", "'"),          # O 'Brien, six o 'clock
@@ -270,8 +261,7 @@ def find_files(flag, pattern):
     matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     files = {}
     for path in sorted(filter(os.path.isfile, matches)):
-        stat = os.stat(path)
-        files.setdefault((stat.st_dev, stat.st_ino), path)
+        files.setdefault(os.stat(path)[1:3], path)              # inode and device
         ending = re.search(r"\.[a-z]\w*$", path.lower().removesuffix(".gz"))
         if ending and ending[0] not in ENDINGS:                 # news.en-00001-of-00100 has none
             raise UserError(f"{flag} {path}: the ending {ending[0]} is none of {' '.join(ENDINGS)}")
@@ -291,9 +281,8 @@ def read_text(source, by_line):
         import datasets
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)          # our message says it all
         name, split, *files = source
-        table = datasets.load_dataset(name, split=split, data_files=files or None,
-                                      columns=["text"], streaming=True)
-        rows = (row["text"] for row in table)
+        rows = (row["text"] for row in datasets.load_dataset(
+            name, split=split, data_files=files or None, columns=["text"], streaming=True))
     else:
         unpack = gzip.open if source.lower().endswith(".gz") else open
         rows = lines = unpack(source, "rt", encoding="utf-8-sig")
@@ -324,19 +313,9 @@ def read_pieces(sources, by_line, end):
                     yield rest[:-len(JOINT)]
                     rest, is_open = rest[-len(JOINT):], True
         except Exception as e:  # broken files, no network, renamed, rate limit: many types
-            name = source if isinstance(source, str) else source[0]
-            raise UserError(f"{name}: cannot be read beyond row or piece {n_read} ({e!r:.200}); "
+            raise UserError(f"{source}: cannot be read beyond row or piece {n_read} ({e!r:.200}); "
                             "mend it, or give --train-files others: text in UTF-8, or rows with a "
                             "field \"text\" in .jsonl or .parquet") from e
-
-
-def write_tokens(path, pieces, tokenizer, limit):
-    """Write the token ids of pieces to a file, as uint16: `limit` at most, few in memory."""
-    with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        while limit > 0 and (batch := list(itertools.islice(pieces, 512))):
-            ids = list(itertools.chain.from_iterable(pool.map(tokenizer.encode, batch)))[:limit]
-            file.write(np.array(ids, dtype=np.uint16).tobytes())
-            limit -= len(ids)
 
 
 def load_tokens(sources, tokenizer, limit, by_line):
@@ -353,7 +332,12 @@ def load_tokens(sources, tokenizer, limit, by_line):
     with FileLock(path + ".lock"), tempfile.TemporaryDirectory(dir=CACHE) as folder:
         if not os.path.exists(path):
             pieces = tqdm(read_pieces(sources, by_line, tokenizer.end), "tokenising", disable=None)
-            write_tokens(f"{folder}/tokens", pieces, tokenizer, limit)
+            with open(f"{folder}/tokens", "wb") as file, ThreadPoolExecutor() as pool:
+                while limit > 0 and (batch := list(itertools.islice(pieces, 512))):
+                    ids = itertools.chain.from_iterable(pool.map(tokenizer.encode, batch))
+                    ids = np.array(list(ids)[:limit], dtype=np.uint16)
+                    file.write(ids.tobytes())
+                    limit -= len(ids)
             os.replace(f"{folder}/tokens", path)
     return np.memmap(path, np.uint16, "r") if os.path.getsize(path) else np.empty(0, np.uint16)
 
@@ -368,15 +352,15 @@ def load_text(cfg):
         train = [path for identity, path in files.items() if identity not in held_out]
         val = list(held_out.values())
     if not train or (cfg.val_files and not cfg.train_files):
-        raise UserError(f"--dataset {cfg.dataset} needs --train-files, a file or a quoted glob "
-                        "like 'texts/*.txt', of which --val-files may name some but not all")
+        raise UserError(f"--dataset {cfg.dataset} needs --train-files, like 'texts/*.txt'; "
+                        "--val-files may name some of them, but not all")
     limit, by_line, pretrained = cfg.max_tokens or 2**62, cfg.dataset == "lm1b", None
     size = re.fullmatch(r"gpt2(?:-(\d{3,5}))?", cfg.tokenizer)
     if size and 257 <= int(size[1] or 50257) <= 50257:
         tokenizer = Tokenizer(size=int(size[1] or 50257))
     elif cfg.tokenizer == "char":  # of as many pieces as are used: a piece has a token or more
-        letters = set().union(*itertools.islice(read_pieces(train, by_line, "\n"), limit))
-        tokenizer = Tokenizer(sorted(letters))
+        pieces = itertools.islice(read_pieces(train, by_line, "\n"), limit)
+        tokenizer = Tokenizer(sorted(set(itertools.chain.from_iterable(pieces))))
     else:
         raise UserError(f"--tokenizer {cfg.tokenizer}: must be char, gpt2, or gpt2-257 to -50257")
     if cfg.teacher:
@@ -397,6 +381,7 @@ def load_text(cfg):
 class Pretrained(nn.Module):
     """A causal language model of Hugging Face's transformers with the face of Transformer."""
     layers = ()                                                 # none that we compile
+    nll = staticmethod(functools.partial(nn.functional.cross_entropy, reduction="none"))
 
     def __init__(self, model):
         super().__init__()
@@ -413,9 +398,6 @@ class Pretrained(nn.Module):
             attend[self] = out[self.past]
         return out.last_hidden_state
 
-    def nll(self, logits, x0):
-        return nn.functional.cross_entropy(logits.float(), x0, reduction="none")
-
 
 @functools.cache
 def load_transformers(name, flag, cure):
@@ -425,9 +407,9 @@ def load_transformers(name, flag, cure):
         model = AutoModelForCausalLM.from_pretrained(name).float()
         return model.eval(), AutoTokenizer.from_pretrained(name)
     except Exception as e:  # not installed, offline, no such name, foreign folder: many types
-        raise UserError(f"{flag} {name}: cannot be loaded ({e!r:.200}); it takes transformers (pip "
-                        "install -e \".[hf]\") and, with no network, a folder with a model and its "
-                        f"tokenizer; or give {cure}") from e
+        raise UserError(f"{flag} {name}: cannot be loaded ({e!r:.200}); it takes pip install "
+                        "transformers and, with no network, a folder with model and tokenizer; "
+                        f"or give {cure}") from e
 
 
 def load_pretrained(name, tokenizer, seq_len):

@@ -426,7 +426,7 @@ def mean_loss(model, x, cfg, teacher=None):
 
 def fingerprint(model):
     """A hash of the weights: equal models have equal hashes."""
-    weights = nn.utils.parameters_to_vector(model.parameters()).cpu().numpy()
+    weights = nn.utils.parameters_to_vector(model.parameters()).detach().cpu().numpy()
     return hashlib.blake2b(weights.tobytes(), digest_size=8).hexdigest()
 
 

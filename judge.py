@@ -7,7 +7,6 @@
 import argparse
 import itertools
 import json
-import math
 import os
 import re
 import urllib.request
@@ -29,7 +28,7 @@ BETTER = {"gen_ppl": -1, "mauve": 1, "energy": -1, "words": 1, "pairs": 1}
 
 # --- Readers of texts: our own AR model, or (model, tokenizer) of transformers --------------------
 @torch.no_grad()
-def own_read(teacher, _, x):
+def own_read(teacher, x):
     """Of texts x (N, T), by our own AR model: the sum of -log p in nats and the number of tokens,
     without the first one and ends of text; features (N, 2 C), the mean state of each half."""
     parts = []
@@ -44,10 +43,9 @@ def own_read(teacher, _, x):
 
 
 @torch.no_grad()
-def hf_read(reader, words, x):
+def hf_read(model, tokenizer, words, x):
     """The same by a model of transformers, which has tokens of its own; in windows that overlap by
     half where a text is longer than it reads. Features are last hidden states (N, C)."""
-    model, tokenizer = reader
     longest = getattr(model.config, "max_position_embeddings", 1024)
     half, scores, features = longest // 2, np.zeros((2, len(x))), []
     for i, ids in enumerate(x):
@@ -78,7 +76,7 @@ def load_reader(name, device):
     return model.to(device), tokenizer
 
 
-# --- Scores and their standard errors; MAUVE and energy compare features of two sets of texts ------
+# --- Scores and their standard errors -------------------------------------------------------------
 def bootstrap(statistic, n, n_draws=200):
     """A statistic of n texts, and its standard error: n of them are drawn anew, again and again.
     statistic(weights) is told how often each was drawn, (n,)."""
@@ -130,11 +128,9 @@ def energy_distance(p, q):
     to_q = torch.cdist(p, q).mean(dim=1).numpy()                # (n,)
     within_p = torch.cdist(p, p).numpy()                        # (n, n)
     within_q = torch.cdist(q, q).sum().item() / (len(q)**2 - len(q))
-
-    def distance(n):
-        n_pairs = n.sum()**2 - (n**2).sum()                     # of two different texts
-        return 2 * n @ to_q / n.sum() - n @ within_p @ n / n_pairs - within_q
-    return bootstrap(distance, len(p))
+    # n @ n of the pairs are a text and itself: they do not count
+    return bootstrap(lambda n: 2 * n @ to_q / n.sum() - within_q
+                     - n @ within_p @ n / (n.sum()**2 - n @ n), len(p))
 
 
 def words_of(text):
@@ -143,14 +139,14 @@ def words_of(text):
 
 
 class Judge:
-    """Scores texts; some scores compare them with texts `real` (n, T) of the data. reader: a
-    Teacher, or (model, tokenizer) of transformers. MAUVE takes time."""
+    """Scores texts, some in comparison with texts `real`. reader: Teacher or (model, tokenizer)"""
 
     def __init__(self, data, real, reader, with_mauve=True):
         self.data, self.with_mauve = data, with_mauve
         self.tokenizer, self.known = Tokenizer(**data.tokenizer), set()
-        read = own_read if isinstance(reader, gd.Teacher) else hf_read
-        self.read = partial(read, reader, self.tokenizer)
+        self.read = partial(own_read, reader)
+        if not isinstance(reader, gd.Teacher):
+            self.read = partial(hf_read, *reader, self.tokenizer)
         self.reference = self.read(real)[2]
         if not self.tokenizer.sep:  # running text: its words and its pairs of words are known
             T, n = real.size(1), min(data.n_train, 20_000_000)
@@ -176,7 +172,7 @@ class Judge:
         counts = [self.count(ids) for ids in x.tolist()]
         ways = {score: partial(ratio, *zip(*[of_text[score] for of_text in counts]))
                 for score in counts[0]}
-        ways["gen_ppl"] = partial(ratio, nll, n_tokens, math.exp)
+        ways["gen_ppl"] = partial(ratio, nll, n_tokens, np.exp)
         ways["energy"] = partial(energy_distance, features, self.reference)
         if self.with_mauve:
             ways["mauve"] = partial(mauve, features, self.reference)
@@ -189,7 +185,6 @@ class Judge:
         return {**row, **self.data.judge(x)}
 
 
-# --- Texts without a model, and what a student learns from the noise ------------------------------
 def floors(data, n, seed):
     """Texts that a good score must put below real text: name -> (n, T) long (after arXiv
     2606.08417). Each begins with real training text, or has its T frequent tokens."""
@@ -203,22 +198,21 @@ def floors(data, n, seed):
             "floor: mirror": torch.cat([start, start.flip(1)], dim=1)[:, :T]}
 
 
-def fooled(rows):
-    """(column, floor): the column puts it above real text, rows[0], by two standard errors."""
+def print_fooled(rows):
+    """Name columns that put a floor above real text, rows[0], by two standard errors."""
     for row, (column, sign) in itertools.product(rows, BETTER.items()):
         if row["model"].startswith("floor") and column in row.keys() & rows[0].keys():
-            error = math.hypot(row[column + "_se"], rows[0][column + "_se"])
+            error = np.hypot(row[column + "_se"], rows[0][column + "_se"])
             if sign * (row[column] - rows[0][column]) > 2 * error:
-                yield column, row["model"]
+                print(f"fooled: {column} prefers {row['model']!r} to real text")
 
 
 @torch.no_grad()
 def probe(student, teacher, n, share=1.0, seed=0):
-    """Let it guess one token each of n texts of the teacher, of which a share is masked. Its cross-
-    entropy in nats is A if it sees the noise of the text, B if it sees that of the guessed token
-    and fresh noise elsewhere, D if all noise is fresh. Returns gain = D - A and cross_gain = B - A,
-    what the noise of other tokens tells, with standard errors. Only this makes better text: in the
-    sampler all that a token must fit is independent of its own noise."""
+    """It guesses one token each of n texts of the teacher, of which a share is masked. Its cross-
+    entropy in nats is A with the noise of the text, B if all noise but that of the guessed token is
+    fresh, D if all is fresh. Returns gain = D - A, and cross_gain = B - A, what the noise of other
+    tokens tells (only this makes better text), with standard errors."""
     x0, losses = gd.generate(teacher, n, student.embed_pos.num_embeddings, seed), []
     g, n_masked = gd.rng(seed, "probe", device=x0.device), max(1, round(share * x0.size(1)))
     for rows in x0.split(16):
@@ -256,9 +250,8 @@ def parse(words):
     add("--top-p", type=float, help="draw from the likeliest tokens of this probability (1)")
     add("--floors", action="store_true", help="also judge texts that no model wrote")
     add("--judge", help="a model of transformers, or teacher (gpt2-large; teacher for toys)")
-    add("--teacher", help="its checkpoint (teacher.pt beside the first of --ckpt)")
     add("--seed", type=int, default=0, help="seed of all draws (0)")
-    add("--device", default="cuda" if gd.HAS_GPU else "cpu", help="cpu or cuda")
+    add("--device", default=gd.Config.device, help="cpu or cuda")
     add("--out-dir", default="out/judge", help="folder of judged.json (out/judge)")
     return parser.parse_args(words)
 
@@ -268,15 +261,15 @@ def main(words=None):
     loaded = load_models(args.ckpt, args.device)
     path, (_, _, saved) = next(iter(loaded.items()))
     cfg = config_from(saved["config"], device=args.device)
-    data, n, seed = cfg.load(), args.n, args.seed
+    data, n, seed, own = cfg.load(), args.n, args.seed, {}
     if data.pretrained:
-        path, teacher = cfg.teacher, gd.Teacher(cfg, data.vocab_size, data.bos_id, data.pretrained)
-        teacher = teacher.eval().to(args.device)
+        path = cfg.teacher
+        teacher = gd.Teacher(cfg, data.vocab_size, data.bos_id, data.pretrained).to(args.device)
     else:
-        path = args.teacher or os.path.join(os.path.dirname(path), "teacher.pt")
-        loaded = {**load_models([path], args.device), **loaded}
-        teacher, _, _ = loaded[path]
-    for name, (_, _, saved) in loaded.items():
+        path = os.path.join(os.path.dirname(path), "teacher.pt")
+        own = load_models([path], args.device)
+        teacher = own[path][0]
+    for name, (_, _, saved) in {**own, **loaded}.items():
         if saved["tokenizer"] != data.tokenizer:
             raise gd.UserError(f"{name} has other tokens than the text at hand: restore the text")
         if data.fingerprint not in saved["about"]["data"]:
@@ -294,20 +287,18 @@ def main(words=None):
     texts.update(floors(data, n, seed) if args.floors else {})
     rows = [dict(model=name, **judge.scores(x.to(args.device), name))
             for name, x in tqdm(texts.items(), "judge", disable=None)]
-
     for name, (model, _, saved) in loaded.items():
-        if isinstance(model, gd.Teacher):
-            continue
-        about = dict(nelbo=gd.mean_loss(model, real, cfg)) if not model.reads_noise else probe(
-            model, teacher, n, seed=seed)
         known = torch.full((cfg.seq_len,), data.vocab_size)
         given = itertools.product(args.nfe, args.tau, args.temperature, [args.top_p])
         hows = [settings_of(name, model, saved, known, dict(zip(SETTINGS, one))) for one in given]
         hows = [how for i, how in enumerate(hows) if how not in hows[:i]]
+        about = probe(model, teacher, n, seed=seed) if model.reads_noise else dict(
+            nelbo=gd.mean_loss(model, real, cfg))
         for how in tqdm(hows, name, disable=None):
             model.draw = partial(nucleus, temperature=how["temperature"], top_p=how["top_p"])
             x = gd.generate(model, n, cfg.seq_len, seed, how["nfe"], tau=how["tau"])
             rows.append(dict(model=name, **how, **judge.scores(x, name), **about))
+            rows[-1]["teacher_nll"] = gd.mean_loss(teacher, x, cfg)
             if saved["about"]["teacher"] == gd.fingerprint(teacher):
                 equal = (x == written).double()
                 rows[-1]["agree_token"] = equal.mean().item()
@@ -319,8 +310,7 @@ def main(words=None):
     os.replace(path + ".tmp", path)                             # whole, or not at all
     shown = [column for column in COLUMNS if any(column in row for row in rows)]
     gd.print_table([{column: row.get(column, "") for column in shown} for row in rows])
-    for column, name in fooled(rows):
-        print(f"fooled: {column} prefers {name!r} to real text")
+    print_fooled(rows)
     if any(row.get("energy", 0) < 0 for row in rows):
         print("an energy below 0: the estimate has no bias, so where the distance is 0 it may be")
     print(f"{path} has standard errors and more scores")
