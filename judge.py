@@ -48,7 +48,7 @@ def hf_read(model, tokenizer, words, x):
     half where a text is longer than it reads. Features are last hidden states (N, C)."""
     longest = getattr(model.config, "max_position_embeddings", 1024)
     half, scores, features = longest // 2, np.zeros((2, len(x))), []
-    for i, ids in enumerate(x):
+    for i, ids in enumerate(x.tolist()):
         text = words.decode(ids).replace("<|endoftext|>", tokenizer.eos_token or "")
         ids = torch.tensor(tokenizer.encode(text) or [tokenizer.eos_token_id], device=model.device)
         for start in range(0, max(1, len(ids) - longest + half), half):
