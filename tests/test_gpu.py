@@ -1,232 +1,171 @@
-"""The script for a card, tried on the CPU.   python -m pytest tests/test_gpu.py"""
+"""What a card computes: the same as a CPU.   python -m pytest -n0 -m gpu tests/test_gpu.py
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+Where that is quick a test is rehearsed on the CPU, so that it runs when a card is there at last.
+"""
+
+import copy
+import functools
+import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import bench
-import gpu
+import blocks
 import gumbel_distill as gd
-from config import HAS_GPU
-from conftest import CPU, ROOT
+from conftest import STUDENTS, TINY, sharpened, tiny_config
+from test_gumbel import GUMBEL, KS_LIMIT, ks
+from test_training import Stop, stop_at
+
+V, T = 512, 32
+MODELS = {"teacher": gd.Teacher, **STUDENTS, **blocks.BLOCK_STUDENTS}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture
-def args(tmp_path):
-    return argparse.Namespace(device="cpu", dtype="float32", tiny=True, seed=0, rows={},
-                              out_dir=str(tmp_path / "rows"), batch_size=8, steps=1)
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
 
 
-def run(folder, *flags):
-    call = [sys.executable, ROOT / "tests" / "gpu.py", *flags]
-    return subprocess.run(call, cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+def models(name, **more):
+    """Settings, a teacher and a model on the CPU, both with sharp outputs, in float32."""
+    cfg = tiny_config(blocks.BlockConfig, block_size=8, seq_len=T, n_embd=64, **more)
+    torch.manual_seed(0)
+    teacher = sharpened(gd.Teacher(cfg, V, V)).float()
+    given = (V, V) if name == "teacher" else (V,)
+    return cfg, teacher, sharpened(MODELS[name](cfg, *given)).float()
 
 
-def rows(folder, part):
-    return json.loads((folder / f"{part}.json").read_text())
+def draw_on_the_cpu(patch):
+    """The generators of card and CPU differ: draw noise and masks on the CPU, and move them."""
+    draw, mask, key = gd.sample_exponential, gd.q_sample, []
+
+    def generator():
+        key.append(1)
+        return gd.rng("draws", len(key))
+    patch.setattr(gd, "sample_exponential", lambda shape, g, dtype=torch.float32: draw(
+        shape, generator(), dtype).to(g.device))
+    patch.setattr(gd, "q_sample", lambda x0, t, mask_id, g: mask(
+        x0.cpu(), t.cpu(), mask_id, generator()).to(g.device))
 
 
-def test_every_check_holds(tmp_path):
-    done = run(tmp_path, "--device", "cpu", "--tiny", "--only", "check", "--out-dir", "out")
-    assert done.returncode == 0, done.stdout + done.stderr
-    checks = [row for row in rows(tmp_path / "out", "check") if "ok" in row]
-    assert len(checks) > 30 and all(row["ok"] for row in checks)
-    assert done.stdout.count("skipped") == 1                    # that of two cards
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["check.json"]
+def test_posterior_noise_of_the_teachers_own_tokens_is_gumbel_and_gives_the_tokens(device):
+    g = gd.rng("posterior", device=device)
+    shape = (2000, 50257) if device == "cuda" else (2000, V)
+    logp = (3 * torch.randn(shape, generator=g, device=device)).log_softmax(dim=-1)
+    x0 = (logp + gd.sample_gumbel(shape, g)).argmax(dim=-1)
+    xi = gd.posterior_gumbel(logp, x0, g)
+    assert ((logp + xi).argmax(dim=-1) != x0).double().mean() < 1e-3
+    assert ks(xi.flatten()[:200_000].cpu(), GUMBEL) < KS_LIMIT
+    assert ks(xi.gather(1, x0[:, None])[:, 0].cpu(), GUMBEL) > 5 * KS_LIMIT      # winners are larger
 
 
-def test_speed_is_measured_for_all_models(tmp_path):
-    done = run(tmp_path, "--device", "cpu", "--tiny", "--only", "speed", "--out-dir", "out")
-    assert done.returncode == 0, done.stderr
-    measured = [(row["model"], row.get("side")) for row in rows(tmp_path / "out", "speed")]
-    assert set(measured) >= {(model, side) for model in bench.MODELS for side in ("ours", "dense")}
-    for said in ("lm1b", "owt", "gumbel-draft: 8 sequences"):
-        assert said in done.stdout
+def test_the_noise_has_31_bits_of_tail(device):
+    """The largest of n draws lies within 3 of log n, but once in 1e9. On a card that is 17."""
+    n_pieces, n = (16, 2**25) if device == "cuda" else (1, 2**21)
+    g = gd.rng("tail", device=device)
+    largest = max(gd.sample_gumbel((n,), g).max().item() for _ in range(n_pieces))
+    assert math.log(n_pieces * n) - 3 < largest < 22.5
 
 
-def test_a_part_that_is_killed_leaves_its_rows(args, monkeypatch):
-    """The third model is the last straw; what was measured before stands in the file."""
-    def measure(model, side, _):
-        if model == "gumbel":
-            raise KeyboardInterrupt
-        return dict(tok_s=1000.0, seconds=0.5, loss=6.0)
-    monkeypatch.setattr(bench, "measure", measure)
-    with pytest.raises(KeyboardInterrupt):
-        gpu.run_speed(args)
-    assert [row["model"] for row in rows(Path(args.out_dir), "speed")] == 2 * ["teacher"] + 2 * [
-        "mdlm"]
+def loss_and_gradient(name, device, dtype):
+    cfg, teacher, model = models(name)
+    teacher, model = teacher.requires_grad_(False).to(device), model.to(device)
+    g = gd.rng("batch")
+    x0 = torch.randint(V, (16, T), generator=g).to(device)
+    t = gd.stratified_times(torch.rand(16, 1, generator=g)).to(device)
+    with pytest.MonkeyPatch.context() as patch:
+        draw_on_the_cpu(patch)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model.loss(x0, t, gd.rng("loss", device=device), teacher)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten().cpu() for p in model.parameters()])
 
 
-@pytest.mark.skipif(HAS_GPU, reason="there is a card")
-def test_without_a_card_the_cure_is_named(tmp_path):
-    done = run(tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("error: no CUDA card here")
-    assert "--device cpu" in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradients_are_those_of_the_cpu_and_near_them_in_bfloat16(name, device):
+    loss, gradient = loss_and_gradient(name, "cpu", torch.float32)
+    for dtype, limit, limit_gradient in ((torch.float32, 1e-4, 1e-3), (torch.bfloat16, 0.05, 0.4)):
+        other, here = loss_and_gradient(name, device, dtype)
+        assert other == pytest.approx(loss, rel=limit)
+        assert (gradient - here).norm() < limit_gradient * gradient.norm()
 
 
-def test_training_without_text_is_refused_at_once(cli, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "one.txt").write_text("a text")
-    for flags, said in (([], "--train-files"), (["--train-files", "none/*"], "none/*"),
-                        (["--train-files", "one.txt", "--val-files", "none.txt"], "none.txt")):
-        status, out, err = cli(gpu.main, "--device", "cpu", "--tiny", "--only", "train", *flags)
-        assert status == 1 and err.startswith("error: ") and said in err and out == "", err
+@pytest.mark.parametrize("name", MODELS)
+def test_texts_are_those_of_the_cpu(name, device):
+    """A near-tie may break either way, and all after it."""
+    _, _, model = models(name)
+    xi, u = gd.sequence_noise(0, torch.arange(32), T, model)
+    xt = torch.full((32, T), V)
+    xt[:, 3] = 5
+    x = model.write(xt, xi, u, 8)
+    there = copy.deepcopy(model).to(device)
+    same = there.write(xt.to(device), xi.to(device), u.to(device), 8).cpu()
+    assert (x != same).double().mean() < 0.01
+    known = torch.full((T,), V)
+    assert gd.generate(there, 3, T, nfe=2, known=known).device.type == device
 
 
-def test_without_datasets_and_on_too_small_a_card_the_cure_is_named(cli, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+class Texts:
+    """Random texts, of which each occurs often."""
+    n_train, fingerprint, tokenizer = 8, "texts", {}
+    val = torch.randint(V, (45, T), generator=gd.rng("texts"))          # the last piece is smaller
 
-    def measure(*of):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(bench, "measure", measure)
-    status, _, err = cli(gpu.main, "--device", "cpu", "--tiny", "--only", "speed")
-    assert status == 1 and err.startswith("error: ") and "--size" in err
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    status, _, err = cli(gpu.main, "--device", "cpu", "--only", "text", "--train-files", "x")
-    assert status == 1 and err.startswith("error: ") and "pip install datasets" in err
+    def rows(self, index):
+        return self.val[index]
 
 
-def every_second_time(change):
-    """A break that the device shows and the CPU does not: checks call the CPU first."""
-    def wrap(real):
-        calls = []
-
-        def broken(*args, **how):
-            calls.append(1)
-            result = real(*args, **how)
-            return result if len(calls) % 2 else change(result)
-        return broken
-    return wrap
+def trained(name, device, folder, **more):
+    """The checkpoint of a short training."""
+    folder.mkdir(exist_ok=True)
+    cfg, teacher, model = models(name, device=device, dropout=0.1, out_dir=str(folder), **more)
+    gd.train(name, model, Texts(), cfg, 8, teacher.requires_grad_(False).to(device))
+    return torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
 
 
-def without_gradient(real):
-    """As in torch before 2.10 or so, whose autocast lost it after a use under no_grad."""
-    def logits(net, h):
-        if not torch.is_autocast_enabled("cpu"):
-            return real(net, h)
-        return F.linear(h, net.head.weight.detach()).float()
-    return logits
+def distance(a, b):
+    """The relative distance of two checkpoints' weights."""
+    a, b = (torch.cat([p.flatten() for p in saved["model"].values()]) for saved in (a, b))
+    return ((a - b).norm() / a.norm()).item()
 
 
-@pytest.mark.parametrize("check, where, name, wrap", [
-    (gpu.check_losses, gd.Transformer, "logits", without_gradient),
-    (gpu.check_losses, gd, "student_loss", every_second_time(lambda loss: 1.001 * loss)),
-    (gpu.check_samplers, gd.Student, "write", every_second_time(lambda x: x.roll(1))),
-    (gpu.check_posterior, gd, "posterior_gumbel",
-     lambda real: lambda logp, x0, g: gd.sample_gumbel(logp.shape, g)),
-    (gpu.check_posterior, gd, "posterior_gumbel", lambda real: lambda *args: real(*args) + 0.01),
-    (gpu.check_tail, gd, "sample_gumbel", lambda real: lambda *args: real(*args).clamp(max=10))])
-def test_a_check_can_fail(check, where, name, wrap, args, monkeypatch, capsys):
-    monkeypatch.setattr(where, name, wrap(getattr(where, name)))
-    assert gpu.run_checks(args, [check]) > 0 and "FAILED" in capsys.readouterr().out
-    assert not all(row["ok"] for row in rows(Path(args.out_dir), "check") if "ok" in row)
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gumbel", "gumbel-draft", "bd3lm-draft"])
+def test_a_run_goes_on_from_its_checkpoint(name, tmp_path, monkeypatch):
+    """Up to rounding: a card adds up in changing order. tests/test_training.py: on a CPU."""
+    whole = trained(name, "cuda", tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_at(patch, 6)
+        trained(name, "cuda", tmp_path / "cut")
+    assert distance(whole, trained(name, "cuda", tmp_path / "cut")) < 1e-4
 
 
-def test_the_check_of_exact_mode_can_fail(args, monkeypatch, capsys):
-    import sample
-    real = sample.draft_and_verify
-    monkeypatch.setattr(sample, "draft_and_verify",
-                        lambda *of: (real(*of)[0].roll(1), real(*of)[1]))
-    assert gpu.run_checks(args, [gpu.check_exact]) == 1
-    assert "texts that are not the serial ones" in capsys.readouterr().out
+def n_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def compile_without_code(model):
-    """torch.compile's front end alone: it sees what would be compiled, in a second."""
-    for layer in model.net.layers:
-        layer.compile(backend="eager")
-    return model
+@pytest.mark.parametrize("name", ["gumbel", "gumbel-draft", "bd3lm"])
+def test_compiled_training_ends_near_the_other_and_compiles_nothing_late(
+        name, device, tmp_path, monkeypatch):
+    """Though the number of masked tokens changes every step. On a CPU the compiler's front end
+    alone: it sees what would be compiled."""
+    plain, real, counts = trained(name, device, tmp_path / "plain"), gd.mean_loss, []
+    if device == "cpu":
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
-
-@pytest.mark.parametrize("how", [{}, dict(block_size=5)])
-def test_nothing_is_compiled_after_the_first_validation(how, tmp_path, monkeypatch):
-    """Though the number of masked tokens changes every step. Of the 45 validation texts the last
-    piece is a smaller one."""
-    monkeypatch.setattr(gd, "compile_layers", compile_without_code)
-    monkeypatch.setattr(gd.Data, "val_rows", lambda data, n, real=gd.Data.val_rows: real(data, 45))
-    torch.compiler.reset()
-    variants, real = [], gd.validation_loss
-
-    def validation_loss(*of):
+    def mean_loss(*of):
         loss = real(*of)
-        variants.append(gpu.n_variants())
+        counts.append(n_graphs())
         return loss
-    monkeypatch.setattr(gd, "validation_loss", validation_loss)
-    before = gpu.n_variants()
-    settings = dict(CPU, batch_size=8, max_steps=6, eval_every=2, n_samples=2, nfe=[2], dropout=0.1,
-                    dtype="bfloat16", out_dir=str(tmp_path))
-    gd.run(gd.Config(**{**settings, **how, "compile": True}))
-    of_models = [variants[i:i + 3] for i in range(0, len(variants), 3)]
-    assert len(of_models) == 4 and all(len(set(counts)) == 1 for counts in of_models)
-    assert 3 <= variants[-1][0] - before[0] <= 6 and variants[-1][1] == before[1]
+    monkeypatch.setattr(gd, "mean_loss", mean_loss)
+    torch.compiler.reset()
+    before = n_graphs()
+    compiled = trained(name, device, tmp_path / "compiled", compile=True)
+    assert distance(plain, compiled) < 0.05
+    assert before < counts[0] and len(set(counts[1:])) == 1
 
 
-def test_a_dense_side_that_needs_too_much_memory_is_a_row(args, monkeypatch, capsys):
-    def measure(model, side, args):
-        if side == "dense":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return dict(tok_s=1000.0, seconds=0.5, loss=6.0)
-    monkeypatch.setattr(bench, "measure", measure)
-    assert gpu.training_speed(args) == dict.fromkeys(bench.MODELS, 0.001)
-    assert capsys.readouterr().out.count("out of memory") == 2 * len(bench.MODELS)
-
-
-def test_the_largest_piece_is_found_by_doubling(args, monkeypatch, capsys):
-    real = bench.loss_of
-
-    def loss_of(side, student, teacher, x0, *args):
-        if len(x0) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(side, student, teacher, x0, *args)
-    monkeypatch.setattr(bench, "loss_of", loss_of)
-    gpu.largest_piece(args)
-    assert capsys.readouterr().out.startswith("gumbel-draft: 2 sequences")
-
-
-def test_training_for_some_minutes_ends_in_a_judged_table(tmp_path, real_data, cli):
-    """On one shard. The first call has time for no student, the second trains those that are left,
-    and the third finds all of them."""
-    out, said = tmp_path / "run", []
-    for minutes in (1e-6, 10, 10):
-        status, text, err = cli(gpu.main, "--device", "cpu", "--tiny", "--only", "train",
-                                "--minutes", minutes, "--samples", 12, "--out-dir", out,
-                                "--train-files", real_data / "lm1b" / "*-00002-of-*")
-        assert status == 0, err
-        said.append(text)
-    assert said[0].count("no time for") == 1 and "no time" not in said[1] + said[2]
-    rows = gpu.tables.read_rows(out / "card.jsonl")
-    table = said[1][said[1].index("seq_len 16:"):said[1].index("train took")]
-    assert "max_steps 10" in table and table in said[2]
-    assert [row["student"] for row in rows if "nfe" not in row][0] == "real text"
-    assert {(row["student"], row["init_from"]) for row in rows if "val" in row} == {
-        (student, start) for student in gpu.tables.STUDENTS for start in gpu.tables.STARTS}
-    assert all(row["judge_nll"] > 0 and row["n"] == 12 for row in rows)
-
-
-def test_the_plan_fits_the_time_and_teaches_no_teacher_the_text_by_heart():
-    cfg = argparse.Namespace(batch_size=4, seq_len=25, warmup=100)          # 100 tokens a step
-    seconds = {"teacher": 0.1, "mdlm": 0.1, "gumbel": 0.3, "gumbel-draft": 0.6}
-    plan = gpu.planned_steps(seconds, 1000, 10**9, cfg)
-    total = 0.1 * (plan["teacher_steps"] + plan["judge_steps"]) + plan["max_steps"]
-    assert 0.99 * gpu.TRAINING * 1000 < total <= gpu.TRAINING * 1000
-    assert plan["teacher_steps"] > plan["judge_steps"] and plan["warmup"] == plan["max_steps"] // 10
-    shorter = gpu.planned_steps(seconds, 1000, 10_000, cfg)     # 100 steps read the text once
-    assert shorter["teacher_steps"] == 100 * gpu.MOST_EPOCHS
-    assert shorter["max_steps"] > plan["max_steps"]
-
-
-@pytest.mark.parametrize("model, most, n_products", [
-    ("teacher", 3, 3), ("mdlm", 2, 3), ("gumbel", 6, 6), ("gumbel-draft", 10, 7)])
-def test_a_step_moves_few_v_wide_bytes_and_multiplies_nothing_twice(model, most, n_products):
-    """MB a token under bfloat16. Products with a table (V, C): the labels 1, the noise 2, a draft
-    1 each, the output 3."""
-    megabytes, products, kernels = bench.count(model, "ours", batch_size=2)
-    assert 0.5 < megabytes <= most and products == n_products, kernels
+@pytest.mark.gpu
+def test_the_default_run_on_a_card_ends_in_a_table(cli, tmp_path):
+    words = [word for word in TINY if word not in ("--device", "cpu", "--no-compile")]
+    status, out, err = cli(gd.main, *words, "--out-dir", tmp_path)
+    assert status == 0 and "teacher_nll" in out, err
