@@ -11,69 +11,71 @@ two ends, all equally likely.
 import argparse
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import print_table, run_cli  # noqa: E402
-from data import MAZE_SIZE, maze_paths, total_variation  # noqa: E402
-from gumbel_distill import generate, load_model  # noqa: E402
+import gumbel_distill as gd  # noqa: E402
+from sample import load_models, nucleus  # noqa: E402
 
 MODELS = ["teacher", "mdlm", "gumbel", "gumbel-draft"]
 N_FIRST, N_LAST = 2, 3              # known moves; the last one enters the goal in all paths
-COLUMNS = {"model": "", "temperature": "g", "nfe": "d", "valid": ".1%", "tv": ".3f"}
 
 
 def prompts():
-    """Known ends, with MAZE_SIZE^2 at masked moves -> the paths that have these ends, all tuples.
-    Ends that leave one path are left out."""
-    groups = {}
-    for path in maze_paths():
-        n_open = len(path) - N_FIRST - N_LAST
-        known = (*path[:N_FIRST], *[MAZE_SIZE**2] * n_open, *path[-N_LAST:])
-        groups.setdefault(known, []).append(tuple(path))
-    return {known: paths for known, paths in groups.items() if len(paths) > 1}
+    """Known ends (T,), with V at masked moves, and the paths that have these ends (k, T), k > 1."""
+    paths, found = gd.Maze().paths, []
+    ends = paths.clone()
+    ends[:, N_FIRST:-N_LAST] = gd.Maze.vocab_size
+    for known in ends.unique(dim=0):
+        has_ends = (ends == known).all(dim=1)
+        if has_ends.sum() > 1:
+            found.append((known, paths[has_ends]))
+    return found
 
 
-def scores(model, n, **settings):
-    """A model writes n k texts with ends that k paths have; settings go to its method write.
+def scores(model, n, nfe=1):
+    """A model writes n k texts with ends that k paths have.
     valid  share of the texts that are paths
     tv     mean distance of the texts with the same ends from the uniform distribution"""
-    n_valid, n_texts, distance = 0, 0, 0.0
-    for known, paths in prompts().items():
-        x = generate(model, n * len(paths), len(known), known=torch.tensor(known), **settings)
-        number = {path: k for k, path in enumerate(paths)}
-        hits = [number[row] for row in map(tuple, x.tolist()) if row in number]
-        counts = np.bincount(hits, minlength=len(paths))
-        n_valid += len(hits)
-        n_texts += len(x)
-        distance += len(x) * total_variation(counts, len(x) - len(hits))
-    return {"valid": n_valid / n_texts, "tv": distance / n_texts}
+    n_valid, n_texts, distance = 0.0, 0, 0.0
+    for known, paths in prompts():
+        k = len(paths)
+        x = gd.generate(model, n * k, len(known), nfe=nfe, known=known)
+        share = (x[:, None] == paths).all(dim=2).double().mean(dim=0)      # (k,)
+        valid = share.sum().item()
+        n_valid += n * k * valid
+        n_texts += n * k
+        distance += n * k * ((share - 1 / k).abs().sum().item() + 1 - valid) / 2
+    return n_valid / n_texts, distance / n_texts
 
 
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", default=["out/maze"], help="of runs (out/maze)")
     parser.add_argument("-n", type=int, default=200, help="texts for each path (200)")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     table = []
     for name in MODELS:
-        models = [load_model(f"{folder}/{name}.pt", "cpu")[0] for folder in args.folders]
-        draws = [{}]                                            # the teacher has one
-        if name != "teacher":
-            draws = [dict(temperature=t, nfe=nfe) for t, nfe in itertools.product((0., 1.), (1, 3))]
-        for how in draws:
-            rows = [scores(model, args.n, **how) for model in models]
-            table.append(dict(model=name, **how))
-            for score in rows[0]:
-                values = [row[score] for row in rows]
-                table[-1][score] = float(np.mean(values))
-                if len(rows) > 1:
-                    table[-1][score + "_se"] = float(np.std(values, ddof=1))
-    print_table(table, COLUMNS)
+        loaded = load_models([f"{folder}/{name}.pt" for folder in args.folders])
+        for temperature, nfe in itertools.product((0.0, 1.0), (1, 3)):
+            if name == "teacher":                               # it has one way to write
+                temperature, nfe = 1.0, 10
+            values = []
+            for model, _, _ in loaded.values():
+                model.draw = partial(nucleus, temperature=temperature)
+                values.append(scores(model, args.n, nfe))
+            row = dict(temperature=temperature, nfe=nfe)
+            for score, of_runs in zip(("valid", "tv"), zip(*values)):
+                error = f" ± {np.std(of_runs, ddof=1):.3f}" if len(of_runs) > 1 else ""
+                row[score] = f"{np.mean(of_runs):.3f}{error}"
+            table.append(dict(row, model=name))
+            if name == "teacher":
+                break
+    gd.print_table(table)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()
