@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn as nn
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -50,13 +49,13 @@ TEXT_OPTIONS = [
 
 
 def config_of(dataset, config):
-    """The settings of a data set: a subclass of the dataclass `config` with its own defaults. Its
-    load() gives the Data."""
+    """The settings of a data set, a subclass of the dataclass `config`: their load() gives Data."""
     if dataset not in PRESETS:
         raise UserError(f"--dataset {dataset}: choose from maze {' '.join(PRESETS)}")
     is_text = dataset != "cities"
     fields = [(f.name, f.type, f.default, f.metadata) for f in dataclasses.fields(config)]
-    fields += [(*field, dict(help=help, of="run")) for *field, help in TEXT_OPTIONS if is_text]
+    for *field, help in TEXT_OPTIONS if is_text else ():
+        fields.append((*field, dict(of="run", how=dict(help=help))))
     preset = dict(PRESETS[dataset], dataset=dataset)
     fields = [(name, kind, dataclasses.field(default=preset.get(name, default), metadata=how))
               for name, kind, default, how in fields]
@@ -175,9 +174,8 @@ NAMES = SLOTS["city"] + SLOTS["town"]
 # The regular expressions of these sentences, and of no others
 PATTERNS = [f"{sentence}( {END})+" for sentence in SENTENCES]
 for slot, phrases in SLOTS.items():
-    first, again = f"(?P<{slot}>{'|'.join(phrases)})", f"(?P={slot})"
-    slot = f"{{{slot}}}"
-    PATTERNS = [p.replace(slot, first, 1).replace(slot, again) for p in PATTERNS]
+    mark, first, again = f"{{{slot}}}", f"(?P<{slot}>{'|'.join(phrases)})", f"(?P={slot})"
+    PATTERNS = [p.replace(mark, first, 1).replace(mark, again) for p in PATTERNS]
 
 
 class Cities(Data):
@@ -200,7 +198,6 @@ class Cities(Data):
 
 
 def load_cities(cfg):
-    """50,000 sentences to train on, and 2,000 to validate on."""
     if cfg.seq_len < 19:
         raise UserError(f"--seq-len {cfg.seq_len}: must be 19 or more, as sentences have 18 words")
     choose, rows = random.Random(0).choice, []
@@ -226,7 +223,6 @@ ENDINGS = ".txt .text .md .jsonl .json .ndjson .parquet".split()
 # What ends a document, with the line ends around it; where the text so far ends, one may follow.
 JOINT = "\n<|endoftext|>\n"
 ENDS = re.compile(r"\n?<\|endoftext\|>(?!\Z)\n?")
-
 # LM1B's text is torn apart: " he didn 't pay £ 5 , " she said . These rules join it, one after the
 # other. As MDLM's detokenizer they undo contractions, quotes, brackets, web addresses and " / ".
 # A quote opens after a space and not after a tab, so that the next one closes it: no long search.
@@ -319,8 +315,7 @@ def read_pieces(sources, by_line, end):
 
 
 def load_tokens(sources, tokenizer, limit, by_line):
-    """Token ids (n,) uint16 of texts, `limit` at most, mapped from a file of CACHE. One process
-    writes it, and others that need it wait."""
+    """Token ids (n,) uint16, `limit` at most, in a file of CACHE; one process writes it for all."""
     key = [tokenizer.state, limit, by_line, TORN, ENDS]
     for source in sources:
         if isinstance(source, str):  # rewritten, it may have the old size and time: all bytes count
@@ -328,15 +323,14 @@ def load_tokens(sources, tokenizer, limit, by_line):
                 source = os.path.basename(source), hash_of(file)
         key.append(source)
     path = os.path.join(CACHE, hash_of([repr(key).encode()]))
-    os.makedirs(CACHE, exist_ok=True)
     with FileLock(path + ".lock"), tempfile.TemporaryDirectory(dir=CACHE) as folder:
         if not os.path.exists(path):
-            pieces = tqdm(read_pieces(sources, by_line, tokenizer.end), "tokenising", disable=None)
+            pieces = read_pieces(sources, by_line, tokenizer.end)
+            pieces = iter(tqdm(pieces, "tokenising", unit=" pieces", disable=None))
             with open(f"{folder}/tokens", "wb") as file, ThreadPoolExecutor() as pool:
                 while limit > 0 and (batch := list(itertools.islice(pieces, 512))):
-                    ids = itertools.chain.from_iterable(pool.map(tokenizer.encode, batch))
-                    ids = np.array(list(ids)[:limit], dtype=np.uint16)
-                    file.write(ids.tobytes())
+                    ids = [i for text in pool.map(tokenizer.encode, batch) for i in text][:limit]
+                    file.write(np.array(ids, dtype=np.uint16).tobytes())
                     limit -= len(ids)
             os.replace(f"{folder}/tokens", path)
     return np.memmap(path, np.uint16, "r") if os.path.getsize(path) else np.empty(0, np.uint16)
@@ -354,12 +348,12 @@ def load_text(cfg):
     if not train or (cfg.val_files and not cfg.train_files):
         raise UserError(f"--dataset {cfg.dataset} needs --train-files, like 'texts/*.txt'; "
                         "--val-files may name some of them, but not all")
-    limit, by_line, pretrained = cfg.max_tokens or 2**62, cfg.dataset == "lm1b", None
+    by_line, pretrained, limit = cfg.dataset == "lm1b", None, min(cfg.max_tokens or 2**60, 2**60)
     size = re.fullmatch(r"gpt2(?:-(\d{3,5}))?", cfg.tokenizer)
     if size and 257 <= int(size[1] or 50257) <= 50257:
         tokenizer = Tokenizer(size=int(size[1] or 50257))
-    elif cfg.tokenizer == "char":  # of as many pieces as are used: a piece has a token or more
-        pieces = itertools.islice(read_pieces(train, by_line, "\n"), limit)
+    elif cfg.tokenizer == "char":  # of more pieces than are used, each of which has a token or more
+        pieces = itertools.islice(read_pieces(train, by_line, "\n"), 2 * abs(limit) + 2**16)
         tokenizer = Tokenizer(sorted(set(itertools.chain.from_iterable(pieces))))
     else:
         raise UserError(f"--tokenizer {cfg.tokenizer}: must be char, gpt2, or gpt2-257 to -50257")
@@ -369,23 +363,24 @@ def load_text(cfg):
             print(f"{cfg.teacher} has another shape than the students: they start from scratch")
             cfg.init_from = "scratch"
         cfg.teacher_steps = 0
-    train = load_tokens(train, tokenizer, limit * 10 // 9 + 1, by_line)
+    tokens = load_tokens(train, tokenizer, limit * 10 // 9 + 1, by_line)
     if val:
-        val = load_tokens(val, tokenizer, min(limit, MAX_VAL_TOKENS), by_line)
+        train, val = tokens, load_tokens(val, tokenizer, min(limit, MAX_VAL_TOKENS), by_line)
     else:
-        train, val = np.split(train, [-min(len(train) // 10, MAX_VAL_TOKENS)])
+        start = len(tokens) - min(len(tokens) // 10, MAX_VAL_TOKENS)
+        train, val = tokens[:start], tokens[start:]
     return Data(train[:limit], val, cfg.seq_len, tokenizer, pretrained=pretrained)
 
 
 # --- Models of transformers, as teachers and judges -----------------------------------------------
-class Pretrained(nn.Module):
+class Pretrained(torch.nn.Module):
     """A causal language model of Hugging Face's transformers with the face of Transformer."""
     layers = ()                                                 # none that we compile
-    nll = staticmethod(functools.partial(nn.functional.cross_entropy, reduction="none"))
+    nll = staticmethod(functools.partial(torch.nn.functional.cross_entropy, reduction="none"))
 
     def __init__(self, model):
         super().__init__()
-        self.embed = nn.Identity()
+        self.embed = torch.nn.Identity()
         self.body, self.head = model.base_model, model.get_output_embeddings()
         names = inspect.signature(self.body.forward).parameters
         self.past = "cache" if "cache" in names else "past_key_values"     # its name before 5.24
