@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+import bench
 import blocks
 import gumbel_distill as gd
 from conftest import STUDENTS, TINY, sharpened, tiny_config
@@ -56,7 +57,8 @@ def test_posterior_noise_of_the_teachers_own_tokens_is_gumbel_and_gives_the_toke
     xi = gd.posterior_gumbel(logp, x0, g)
     assert ((logp + xi).argmax(dim=-1) != x0).double().mean() < 1e-3
     assert ks(xi.flatten()[:200_000].cpu(), GUMBEL) < KS_LIMIT
-    assert ks(xi.gather(1, x0[:, None])[:, 0].cpu(), GUMBEL) > 5 * KS_LIMIT      # winners are larger
+    winners = xi.gather(1, x0[:, None])[:, 0]                   # they are larger
+    assert ks(winners.cpu(), GUMBEL) > 5 * KS_LIMIT
 
 
 def test_the_noise_has_31_bits_of_tail(device):
@@ -169,3 +171,10 @@ def test_the_default_run_on_a_card_ends_in_a_table(cli, tmp_path):
     words = [word for word in TINY if word not in ("--device", "cpu", "--no-compile")]
     status, out, err = cli(gd.main, *words, "--out-dir", tmp_path)
     assert status == 0 and "teacher_nll" in out, err
+
+
+def test_the_bench_measures_every_model(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.py", "--tiny"])
+    bench.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["model", "teacher", *STUDENTS]

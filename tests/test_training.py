@@ -274,7 +274,8 @@ class Other(Letters):
     ("teacher", dict(n_steps=9), "n_steps 8, not 9"), ("teacher", dict(n_layer=2), "n_layer"),
     ("teacher", dict(grad_accum=2), "grad_accum"), ("gumbel", dict(t_min=0.2), "t_min 0.001, not"),
     ("gumbel", dict(init_from="teacher"), "init_from"), ("gumbel", dict(data=Other()), "data"),
-    ("bd3lm", dict(block_size=2), "block_size 3, not 2"), ("gumbel", {}, "teacher")])
+    ("bd3lm", dict(block_size=2), "block_size 3, not 2"), ("gumbel", {}, "teacher"),
+    ("gumbel", {}, "start")])
 def test_a_finished_model_is_taken_as_it_is_and_one_of_other_settings_refused(
         name, changed, said, tmp_path, monkeypatch):
     more = dict(block_size=3) if name == "bd3lm" else {}
@@ -282,8 +283,10 @@ def test_a_finished_model_is_taken_as_it_is_and_one_of_other_settings_refused(
     stop_at(monkeypatch, 1)                                     # nothing may be trained from here
     more.update(nfe=[2], n_samples=7, eval_every=5)
     assert_same_state(saved, run(tmp_path, name, **more)[1])
-    if said == "teacher":                                       # another one, of other weights
-        monkeypatch.setattr(gd, "fingerprint", lambda model: "another")
+    if not changed:                                             # the same settings, other weights
+        kind, real = dict(teacher=gd.Teacher, start=gd.Student)[said], gd.fingerprint
+        monkeypatch.setattr(gd, "fingerprint", lambda model: real(model) + isinstance(
+            model, kind) * "another")
     with pytest.raises(gd.UserError, match=f"{name}.pt .*{said}"):
         run(tmp_path, name, **{**more, **changed})
     assert_same_state(saved, load(tmp_path / f"{name}.pt"))
