@@ -71,9 +71,9 @@ def posterior_uniform(logp, x0, generator):
     Args:    logp (..., V) float, nats;  x0 (...) long in [0, V)
     Returns: u (...) float64; F^-1(u) == x0; u is uniform on [0, 1) when x0 ~ p"""
     at_x0 = x0[..., None]
-    p = logp.double().softmax(dim=-1)                           # sums to one in float64, too
-    high = p.cumsum(dim=-1).gather(-1, at_x0)                   # F(x0)
-    length = p.gather(-1, at_x0)                                # F(x0) - F(x0 - 1)
+    p = logp.double().exp()
+    F = p.cumsum(dim=-1)                                        # ends at 1, but for rounding
+    high, length = F.gather(-1, at_x0) / F[..., -1:], p.gather(-1, at_x0) / F[..., -1:]
     r = torch.rand(at_x0.shape, generator=generator, dtype=p.dtype, device=p.device)
     return (high - (1 - r) * length).clamp(0, 1)[..., 0]
 
