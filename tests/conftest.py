@@ -23,12 +23,6 @@ TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --batch-size 8 --teacher-steps 4 --m
         "--eval-every 2 --n-samples 20 --device cpu --no-compile").split()
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA card here"))
-
-
 def tiny_config(config=gd.Config, **more):
     given = dict(seq_len=T, n_layer=2, n_head=2, n_embd=16, batch_size=8, warmup=2, eval_every=2,
                  device="cpu", compile=False)

@@ -23,9 +23,9 @@ MUTANTS = [
     ("gumbel", CORE, [
         ("noise in float32 from torch.rand", "E += 0.5", "E = torch.rand(shape) * 2**31"),
         ("posterior: E0 without p", "E += logp.exp() * E0", "E += E0"),
-        ("posterior: winner without -log p", "-E0.log() - logp.gather", "-E0.log() - 0 * logp.gather"),
-        ("posterior: one E for all losers", "E = sample_exponential(logp.shape, generator, logp.dtype)",
-         "E = sample_exponential((*x0.shape, 1), generator, logp.dtype) + 0 * logp"),
+        ("posterior: winner without -log p", "- logp.gather(-1, winner)", "+ 0 * winner"),
+        ("posterior: one E for all losers", "sample_exponential(logp.shape, generator, logp.dtype)",
+         "sample_exponential((*x0.shape, 1), generator, logp.dtype) + 0 * logp"),
         ("a key of numpy is another key", "else int(part) for part", "else part for part"),
     ]),
     ("models drafts", CORE, [
@@ -33,14 +33,14 @@ MUTANTS = [
          "xi = self.label(logp, target, generator).roll(1, 0)"),
         ("posterior: logp of a softmax at temperature 2", "self.net.head(h).log_softmax",
          "(self.net.head(h) / 2).log_softmax"),
-        ("teacher: BOS left out", "bos = torch.full_like(x0[:, :1], self.bos_id)", "bos = x0[:, :1]"),
+        ("teacher: BOS left out", "torch.full_like(x0[:, :1], self.bos_id)", "x0[:, :1]"),
         ("teacher: position i reads token i", "x = torch.cat([bos, x0[:, :-1]], dim=1)", "x = x0"),
         ("teacher: logits in bfloat16", "with torch.autocast(h.device.type, enabled=False):",
          "with torch.no_grad():"),
         ("teacher: the student's loss trains it", "with torch.no_grad():\n                # 2.",
          "if True:\n                # 2."),
         ("serial: noise shifted by one", "(logp + xi[:, i])", "(logp + xi[:, i - 1])"),
-        ("serial: a cache at wrong positions", "torch.tensor([i], device", "torch.tensor([0], device"),
+        ("serial: a cache at wrong positions", "torch.tensor([i],", "torch.tensor([0],"),
         ("student: noise at unmasked positions, too", "return x.masked_scatter(",
          "return self.read(xi).mean(0) + x.masked_scatter("),
         ("student: [MASK] as an output", "nn.Linear(cfg.n_embd, vocab_size,",
@@ -62,14 +62,13 @@ MUTANTS = [
         ("training: pieces weighted twice", "teacher) / cfg.grad_accum", "teacher) * 2"),
         ("training: dropout of another generator", "torch.manual_seed(g.initial_seed())", "pass"),
         ("training: validation rows from training", "mean_loss(ema, data.val[",
-         "mean_loss(ema, data.texts["),
+         "mean_loss(ema, data.rows(torch.arange(13))["),
         ("training: gradients are not added up", "dist.all_reduce(tensor)", "pass"),
         ("training: each process reads its own checkpoint", "dist.broadcast_object_list(saved)",
          "pass"),
         ("training: gradients as they are", "clip_grad_norm_(model.parameters(), 1.0)",
          "clip_grad_norm_(model.parameters(), 1e9)"),
-        ("checkpoint: written in place", 'path + ".tmp")\n            os.replace(path + ".tmp", path)',
-         "path)"),
+        ("checkpoint: written in place", 'path + ".tmp"', "path"),
         ("checkpoint: code is run", "weights_only=True)]", "weights_only=False)]"),
         ("checkpoint: other settings go on", "if there != about[name]:", "if False:"),
         ("two runs write in one folder", "lock.acquire(timeout=0)", "pass"),
@@ -84,13 +83,13 @@ MUTANTS = [
          "u[:, 1, :1].expand(xt.shape)[is_masked]"),
         ("sampling: each step fills one token", "is_filled = is_masked & (fill_step == k)",
          "is_filled = is_masked & (is_masked.cumsum(1) == 1)"),
-        ("sampling: known tokens redrawn", "    fill_step = fill_steps(u[:, 0], steps)",
-         "    xt = torch.full_like(xt, student.mask_id)\n    fill_step = fill_steps(u[:, 0], steps)"),
+        ("sampling: known tokens redrawn", "for k in range(1, steps + 1):",
+         "xt = torch.full_like(xt, student.mask_id)\n    for k in range(1, steps + 1):"),
         ("sampling: inverse CDF off by one", "return (cdf <= point).sum(dim=-1)",
          "return ((cdf <= point).sum(dim=-1) - 1).clamp(min=0)"),
         ("sampling: the steps are not of equal time", "(steps * (1 - u)).ceil()",
          "(steps * (1 - u)**2).ceil()"),
-        ("sampling: a text depends on its batch", 'rng(seed, "sequence", i,', 'rng(seed, "sequence",'),
+        ("sampling: a text depends on its batch", '"sequence", i,', '"sequence", len(index),'),
     ]),
     ("sample", "sample.py", [
         ("sampling: nucleus without its last token", "before > top_p",
@@ -111,12 +110,12 @@ MUTANTS = [
          "masked_scatter(is_masked, draft[:1].expand(draft.shape)")]),
     ("maze", CORE, [
         ("data: total variation without the outside", "+ 1 - valid", "+ 0 * valid")]),
-    ("data text", "data.py", [
+    ("data", "data.py", [
         ("data: validation text trained on", " if identity not in held_out]", "]"),
         ("data: validation rows from training", "train, val = tokens[:start], tokens[start:]",
          "train, val = tokens[:start], tokens[:len(tokens) - start]"),
         ("data: LM1B's \"n't\" torn", "(?:t|s|re|ve", "(?:s|re|ve")]),
-    ("sample", "exact.py", [
+    ("exact", "exact.py", [
         ("exact: prefix one too long", "n_keep = (n_agree + 1)", "n_keep = (n_agree + 2)")]),
 ]
 

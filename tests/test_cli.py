@@ -1,6 +1,7 @@
 """The commands, from the shell's side.   python -m pytest tests/test_cli.py"""
 
 import dataclasses
+import functools
 import os
 import runpy
 import shutil
@@ -19,21 +20,14 @@ class OneName(gd.Config):
     students: str = gd.option("gumbel", "a word where a list of words is due", nargs="+")
 
 
-def block_main(words):
-    blocks.main(blocks.BLOCK_STUDENTS, blocks.BlockConfig, words)
-
-
-def one_name_main(words):
-    gd.main(config=OneName, words=words)
-
-
 @pytest.mark.parametrize("main, args, said", [
     (gd.main, "--students mdlm pink", ["--students", "mdlm gumbel"]),
     (gd.main, "--students gumbel-draft", ["--students", "mdlm gumbel"]),
-    (one_name_main, "", ["--students", "mdlm gumbel"]),
+    (functools.partial(gd.main, config=OneName), "", ["--students", "mdlm gumbel"]),
     (gd.main, "--n-embd 30", ["--n-embd", "--n-head"]),
     (gd.main, "--batch-size 10 --grad-accum 4", ["--grad-accum", "--batch-size"]),
-    (block_main, "--block-size 3", ["--block-size 3", "--seq-len 10"])])
+    (functools.partial(gd.main, blocks.BLOCK_STUDENTS, blocks.BlockConfig), "--block-size 3",
+     ["--block-size 3", "--seq-len 10"])])
 def test_what_cannot_be_is_refused_in_one_line(main, args, said, cli, tmp_path):
     status, _, err = cli(main, *TINY, "--out-dir", tmp_path, *args.split())
     assert status in (1, 2) and all(word in err.strip().split("\n")[-1] for word in said), err

@@ -73,12 +73,14 @@ def test_float32_noise_has_its_far_tail_and_no_infinities():
 
 def test_posterior_noise_always_gives_the_token_and_in_float32_but_for_rounding():
     g = gd.rng("always")
-    logp = torch.randn(400_000, 5, generator=g, dtype=torch.float64).mul(5).log_softmax(-1)
-    x0 = torch.randint(5, (400_000,), generator=g)
-    assert ((logp + gd.posterior_gumbel(logp, x0, g)).argmax(-1) == x0).all()
-    x0 = torch.distributions.Categorical(logits=logp).sample()
-    wrong = (logp + gd.posterior_gumbel(logp.float(), x0, g)).argmax(-1) != x0
-    assert wrong.sum() <= 8
+    logp = torch.randn(100_000, 5, generator=g, dtype=torch.float64).mul(5).log_softmax(-1)
+    x0 = torch.randint(5, (100_000,), generator=g)
+    for dtype, most in ((torch.float64, 0), (torch.float32, 8)):
+        wrong = (logp + gd.posterior_gumbel(logp.to(dtype), x0, g)).argmax(-1) != x0
+        assert wrong.sum() <= most
+    logp = torch.tensor([[0.0, -1e4]])                          # all but excluded
+    xi = gd.posterior_gumbel(logp, torch.tensor([1]), g)
+    assert xi.isfinite().all() and (logp + xi).argmax() == 1
 
 
 @pytest.mark.parametrize("token", [0, 1, 4])
@@ -102,12 +104,6 @@ def test_posterior_noise_of_the_teachers_own_tokens_is_iid_gumbel():
     together = torch.cat([xi[:-1], xi[1:]], dim=1)              # (n, 10)
     off_diagonal = torch.corrcoef(together.T) - torch.eye(10)
     assert off_diagonal.abs().max() < 4.5 / math.sqrt(100_000)
-
-
-def test_posterior_survives_a_token_the_teacher_all_but_excludes():
-    logp = torch.tensor([[0.0, -1e4]])
-    xi = gd.posterior_gumbel(logp, torch.tensor([1]), gd.rng("rare"))
-    assert xi.isfinite().all() and (logp + xi).argmax() == 1
 
 
 def test_the_key_of_a_generator_decides_its_draws_and_a_number_is_one_whatever_its_type():

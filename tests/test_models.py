@@ -30,12 +30,6 @@ def test_rotary_attention_sees_distances_but_no_absolute_position():
     assert not torch.allclose(net(x, pos), net(x, 2 * pos))
 
 
-def test_nll_is_computed_in_float32_at_least():
-    net, x0 = tiny_student("mdlm").net, torch.randint(V, (50,))
-    logits = torch.randn(50, V).bfloat16()
-    assert net.nll(logits, x0).equal(F.cross_entropy(logits.float(), x0, reduction="none"))
-
-
 def test_dropout_acts_on_what_attention_and_mlp_add():
     layer = gd.Layer(tiny_config(dropout=1.0), causal=False)
     x, pos = torch.randn(2, 4, 16, generator=gd.rng("x")), torch.arange(4)
