@@ -37,12 +37,12 @@ def label(model):
 
 
 def where(name):
-    """The settings that name a notebook's folder, out/NAME. The tests set GD_SMALL to a folder.
-    Then the run is in that folder, and it is short."""
+    """Settings: the folder out/NAME of a training in a chapter. The tests set GD_SMALL to another
+    folder; there the training is short."""
     folder = os.environ.get("GD_SMALL")
     if folder:
-        return {"out_dir": f"{folder}/{name}", "max_steps": 4, "eval_every": 4, "batch_size": 8}
-    return {"out_dir": os.path.relpath(ROOT / "out" / name)}
+        return dict(out_dir=f"{folder}/{name}", max_steps=4, eval_every=4, batch_size=8)
+    return dict(out_dir=os.path.relpath(ROOT / "out" / name))
 
 
 def size(n):
@@ -51,20 +51,16 @@ def size(n):
 
 
 def load_models(*names, of="maze"):
-    """The models of these names that come with the course, in the folder models/OF."""
-    models = []
-    for name in names:
-        model, _, saved = sample.load_model(f"{MODELS}/{of}/{name}.pt")
-        model.name = saved["name"]
-        models.append(model)
+    """The models of these names in the folder models/OF, which come with the course."""
+    models = [sample.load_model(MODELS / of / f"{name}.pt")[0] for name in names]
+    for name, model in zip(names, models):
+        model.name = name
     return models
 
 
 def load_saved(name, of="maze"):
-    """The Tokenizer, the settings and the log of a model in the folder models/OF."""
-    _, tokenizer, saved = sample.load_model(f"{MODELS}/{of}/{name}.pt")
-    return SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(**saved["config"]),
-                           log=saved["log"])
+    """The Tokenizer of such a model, and all that its checkpoint holds."""
+    return sample.load_model(MODELS / of / f"{name}.pt")[1:]
 
 
 def load_cities():
@@ -216,6 +212,8 @@ EXERCISES = {
             "a function of a list."),
     "5.3": (has_digest("baada11eca"), "What does a guess without noise do? And what does the "
             "teacher do with xi? The answer is two numbers."),
+    "5.4": (has_digest("7681a09eb4"), "Compare the rows no noise and noise added. The answer is a "
+            "set of numbers."),
     "6.1": (is_bound_of_borders, "F is p.cumsum(dim=-1). Take the distance of the two places of "
             "each border, and add up over the borders."),
     "6.2": (has_digest("2496861e08"), "Which distribution has 1 - u? And which token does "
@@ -240,8 +238,7 @@ def check(number, answer):
 
 # -----------------------------------------------------------------------------
 # For those who teach: what goes to the class, the models, the badges
-HANDED = "*.py", "pyproject.toml", "LICENSE", "README.md", "docs/*", "notebooks/*.py", \
-    "notebooks/models/*/*.pt"
+HANDED = "*.py *.toml LICENSE README.md docs/* notebooks/*.py notebooks/models/*/*.pt".split()
 
 
 def write_chapter(book, path):
@@ -286,13 +283,12 @@ def pack_models(run):
 
 def with_words(saved):
     """Give a checkpoint a list of its pieces in place of GPT-2's BPE: it opens without a network.
-    With such a list BOS has an input row of its own, the last one of a teacher; it gets the weights
-    of <|endoftext|>, which was BOS."""
-    tokenizer = data.Tokenizer(**saved["tokenizer"])
-    if saved["tokenizer"].get("words") is None:
-        saved["tokenizer"] = dict(words=[tokenizer.decode([i]) for i in range(tokenizer.vocab_size)])
+    With a list BOS has an input row of its own, a teacher's last one: that of <|endoftext|>."""
+    tokens = data.Tokenizer(**saved["tokenizer"])
+    if tokens.words is None:
+        saved["tokenizer"] = dict(words=[tokens.decode([i]) for i in range(tokens.vocab_size)])
         if saved["name"] == "teacher":
-            saved["ema"]["net.embed.weight"][-1] = saved["ema"]["net.embed.weight"][tokenizer.bos_id]
+            saved["ema"]["net.embed.weight"][-1] = saved["ema"]["net.embed.weight"][tokens.bos_id]
 
 
 def add_badges(address):
@@ -317,52 +313,41 @@ def add_badges(address):
 
 # -----------------------------------------------------------------------------
 # The README's pictures
-def run_models(run):
-    """The students of a maze run, by name; MDLM a second time, with its argmax."""
-    models = {}
-    for name in ("mdlm", "gumbel", "gumbel-draft"):
-        models[name] = sample.load_model(f"{run}/{name}.pt")[0]
-        models[name].name = name
-    return {"mdlm-argmax": at_temperature(models["mdlm"], 0), **models}
-
-
 def draw_hero(run, path):
     """Valid paths and their distance from the truth, against the steps, of a run's students."""
-    maze, n, rows = gd.Maze(), size(3000), []
-    exact_draws = maze.rows(torch.randint(51, (n,), generator=gd.rng("hero")))
-    rows.append(dict(model="data", nfe=10, **maze.judge(exact_draws)))
-    for name, model in run_models(run).items():
+    mdlm, paper, ours = load_models("mdlm", "gumbel", "gumbel-draft", of=run)
+    greedy, rows = at_temperature(mdlm, 0), []
+    greedy.name = "mdlm-argmax"
+    for model in (mdlm, greedy, paper, ours):
         for nfe in (1, 2, 3, 5, 10):
-            x = gd.generate(model, n, 10, nfe=nfe)
-            rows.append(dict(model=name, nfe=nfe, **maze.judge(x)))
+            x = gd.generate(model, size(3000), 10, nfe=nfe)
+            rows.append(dict(model=model.name, nfe=nfe, **gd.Maze().judge(x)))
     hero(rows).savefig(path, dpi=200)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
-                                     RawDescriptionHelpFormatter)
-    parser.add_argument("--gif", action="store_true", help="draw how paths are filled instead")
-    parser.add_argument("--hand-out", metavar="folder", type=Path, help="a new folder")
-    parser.add_argument("--models", action="store_true", help="pack the models of --run")
-    parser.add_argument("--address", help="of this project on GitHub")
+def main(words=None):
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--gif", action="store_true")
+    parser.add_argument("--hand-out", type=Path)
+    parser.add_argument("--models", action="store_true")
+    parser.add_argument("--address")
     parser.add_argument("--run", default="out/maze", type=Path, help="the folder of a run")
     parser.add_argument("--to", default="out", type=Path, help="the folder of the pictures")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     plt.switch_backend("Agg")
-    args.to.mkdir(parents=True, exist_ok=True)
+    run = args.run.resolve()
     if args.hand_out:
         written = hand_out(args.hand_out)
     elif args.address:
         written = add_badges(args.address)
     elif args.models:
-        written = pack_models(args.run)
+        written = pack_models(run)
     elif args.gif:
         written = args.to / "maze.gif"
-        models = run_models(args.run)
-        write_gif([models[name] for name in ("mdlm", "gumbel", "gumbel-draft")], 5, 3, written)
+        write_gif(load_models("mdlm", "gumbel", "gumbel-draft", of=run), 5, 3, written)
     else:
         written = args.to / "hero.png"
-        draw_hero(args.run, written)
+        draw_hero(run, written)
     print(written)
 
 

@@ -130,25 +130,25 @@ def hero(rows):
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.9), layout="constrained")
     curve(axes[0], rows, "valid", "share of valid paths")
     curve(axes[1], rows, "tv", "distance from the truth (tv)")
-    axes[0].axhline(1, color="black", lw=1, ls="--")
-    floor = next(row["tv"] for row in rows if row["model"] == "data")
-    axes[1].axhline(floor, color="black", lw=1, ls="--", label="as many exact draws")
+    axes[1].axhline(0.05, color="black", lw=1, ls="--", label="as many exact draws")
     for axis in axes:
         axis.set_ylim(0, 1.04)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-def draw_training(logs):
-    """Validation loss of the maze's models against the step; logs: name -> [(step, loss, val)]."""
+def draw_training(saved):
+    """Validation loss against the step, of checkpoints {name: dict}: a mark for each entry of its
+    log, and a line for the first steps of a second training."""
     figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-    for name, log in logs.items():
+    for name, checkpoint in saved.items():
         color, marker, _, title = STYLE[name]
-        axis.plot([step for step, _, _ in log], [val for _, _, val in log], color=color,
-                  marker=marker, ms=4, label=title)
-    if log[0][0] < 100:
-        axis.set_xscale("log")
-    axis.set(xlabel="step", ylabel="validation loss,\nnats per token", ylim=(0, None))
+        steps, _, val = zip(*checkpoint["first_log"])
+        axis.plot(steps, val, color=color)
+        steps, _, val = zip(*checkpoint["log"])
+        axis.plot(steps, val, color=color, marker=marker, ls="", label=title)
+    axis.set(xlabel="step", ylabel="validation loss,\nnats per token", xscale="log", ylim=(0, 3))
+    axis.set_xticks((10, 30, 100, 300, 1000), (10, 30, 100, 300, 1000))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return axis

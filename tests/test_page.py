@@ -5,7 +5,7 @@
 The method runs in node, the whole page in Chromium; without them their tests are skipped.
 """
 
-import base64
+import functools
 import itertools
 import json
 import os
@@ -16,38 +16,36 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, ROOT, sharpened
+from conftest import ROOT, STUDENTS, sharpened, tiny_config
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 import gumbel_distill as gd  # noqa: E402
 import page  # noqa: E402
-from config import resolve, save_checkpoint, weights_id  # noqa: E402
+import sample  # noqa: E402
 
 NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 T, V = 10, 36
 
 
-def write_run(folder, **more):
-    """Checkpoints of four random models of the maze in a folder; returns the folder."""
-    cfg = resolve(gd.Config(**{**CPU, "n_embd": 16, "out_dir": str(folder), **more}))
-    tokenizer = gd.load_data(cfg).tokenizer
+def write_run(folder, dataset="maze"):
+    """Checkpoints of four random models of the maze in a folder."""
+    cfg = tiny_config(dataset=dataset, seq_len=T, n_layer=4, out_dir=str(folder))
     torch.manual_seed(0)
-    teacher = sharpened(gd.Teacher(cfg, tokenizer), scale=10.0)
-    models = [teacher]
-    for name in page.MODELS[1:]:
-        models.append(sharpened(gd.new_student(cfg, name, tokenizer.vocab_size), scale=10.0))
-    for model in models:
-        save_checkpoint(f"{folder}/{model.name}.pt", {"ema": model}, name=model.name,
-                        config=vars(cfg), tokenizer=tokenizer.state,
-                        settings={"teacher": weights_id(teacher)})
-    return folder
+    models = {"teacher": gd.Teacher(cfg, V, V)}
+    models.update({name: kind(cfg, V) for name, kind in STUDENTS.items()})
+    for name, model in models.items():
+        sharpened(model, scale=10.0).float().requires_grad_(False)
+        about = dict(teacher=gd.fingerprint(models["teacher"]))
+        torch.save(dict(name=name, about=about, config=vars(cfg), tokenizer=gd.Maze.tokenizer,
+                        ema=model.state_dict()), folder / f"{name}.pt")
 
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory):
     """The page of random models, as a file."""
-    folder = write_run(tmp_path_factory.mktemp("run"))
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder)
     path = folder / "index.html"
     path.write_text(page.build(folder))
     return path
@@ -56,13 +54,12 @@ def html(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(html):
     """The models of this page in torch, with the weights that the page has."""
-    rounded = {}
-    for model in page.load_models(html.parent):
+    models, _ = page.load_models(html.parent)
+    for model in models.values():
         for p in model.parameters():
             scales, levels = page.round_weights(torch.atleast_2d(p))
             p.copy_((levels * torch.tensor(scales)[:, None]).view_as(p))
-        rounded[model.name] = model
-    return rounded
+    return models
 
 
 def script(html, name):
@@ -88,16 +85,16 @@ def in_node(html, code, **given):
 
 
 def test_the_teachers_log_probabilities_are_those_of_torch(html, models):
-    g = gd.rng("texts")
-    x0 = torch.randint(V, (100, T), generator=g)
+    x0 = torch.randint(V, (100, T), generator=gd.rng("texts"))
     answer = in_node(html, "return serial_extraction(nets.teacher, given.xi, 100, given.x0).logp",
                      x0=x0.flatten().tolist(), xi=[[0.0] * V] * (100 * T))
-    logp = models["teacher"](x0).view(100 * T, V)
+    teacher = models["teacher"]
+    logp = teacher.logp(teacher.hidden(x0)).flatten(0, 1)       # (100 T, V)
     assert logp.std() > 0.5                                     # they do depend on the text
     torch.testing.assert_close(torch.tensor(answer), logp, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", page.MODELS[1:])
+@pytest.mark.parametrize("name", STUDENTS)
 def test_a_students_logits_are_those_of_torch(html, models, name):
     g = gd.rng("masked texts", name)
     xt = torch.randint(V, (100, T), generator=g)
@@ -123,19 +120,19 @@ def test_the_same_noise_gives_the_same_paths(html, models):
     return texts"""
     answer = in_node(html, code, xi=xi.flatten(0, 1).tolist(), settings=SETTINGS,
                      u=[u[:, k].flatten().tolist() for k in (0, 1)])
-    assert answer["teacher"] == gd.serial_extraction(models["teacher"], xi).flatten().tolist()
-    for name in page.MODELS[1:]:
-        for (steps, tau, temperature), text in zip(SETTINGS, answer[name]):
-            student = models[name]
-            predict = student
-            if name == "mdlm":  # the page draws its tokens by Gumbel-Max with the same noise
-                def predict(xt, noise):
-                    return models["mdlm"](xt) + noise
-                temperature = 0.0
-            x = torch.full((10, T), V)
-            with torch.no_grad():
-                gd.denoise(predict, x, xi, u, steps, tau, temperature)
-            assert text == x.flatten().tolist(), (name, steps, tau, temperature)
+    masked = torch.full((10, T), V)
+    assert answer["teacher"] == models["teacher"].write(masked, xi).flatten().tolist()
+    for name, (i, (steps, tau, temperature)) in itertools.product(STUDENTS, enumerate(SETTINGS)):
+        student = models[name]
+        if name == "mdlm":  # the page draws its tokens by Gumbel-Max with the same noise
+            student.reads = student.forward
+            student.forward = lambda xt, noise: student.reads(xt) + noise
+            temperature = 0.0
+        student.draw = functools.partial(sample.nucleus, temperature=temperature)
+        x = student.write(masked, tau * xi, u, steps)
+        if name == "mdlm":
+            student.forward = student.reads
+        assert answer[name][i] == x.flatten().tolist(), (name, steps, tau, temperature)
 
 
 def test_the_pages_noise_is_gumbel_noise(html):
@@ -160,45 +157,24 @@ def test_the_pages_noise_is_gumbel_noise(html):
     assert abs(torch.tensor(answer["u"]).mean() - 0.5) < 0.02
 
 
-def test_weights_survive_their_text(html, models):
-    code = "return Object.fromEntries(Object.entries(nets.gumbel).filter(([, w]) => w.flat))"
-    answer = in_node(html, code)
-    for name, w in models["gumbel"].state_dict().items():
-        there = torch.tensor(answer[name])
-        torch.testing.assert_close(there, w.reshape(there.shape), atol=1e-6, rtol=1e-5)
+def test_a_page_shows_a_teacher_of_the_maze_and_its_own_students(tmp_path, html):
+    write_run(tmp_path, dataset="cities")
+    with pytest.raises(SystemExit, match="trained on cities"):
+        page.build(tmp_path)
+    saved = torch.load(html.parent / "mdlm.pt")
+    saved["about"]["teacher"] = "another"
+    for path in html.parent.glob("*.pt"):
+        shutil.copy(path, tmp_path)
+    torch.save(saved, tmp_path / "mdlm.pt")
+    with pytest.raises(SystemExit, match="another teacher"):
+        page.build(tmp_path)
 
 
-def test_a_weight_is_rounded_by_half_a_level_at_most():
-    w = torch.randn(50, 64, generator=gd.rng("weights"))
-    w[3] = 0
-    scales, levels = page.round_weights(w)
-    error = (levels * torch.tensor(scales)[:, None] - w).abs().amax(dim=1)
-    assert (error <= torch.tensor(scales) * 0.75).all() and levels.abs().max() <= page.LEVELS
-    text = page.encode(torch.arange(-page.LEVELS, page.LEVELS + 1))
-    assert len(set(text)) == len(text)
-    assert not set(text) & set('<"\\')                          # they end a script or a string
-
-
-@pytest.mark.parametrize("break_it", ["empty", "cities", "foreign"])
-def test_a_folder_that_does_not_fit_ends_in_one_line(tmp_path, cli, monkeypatch, break_it):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    if break_it == "foreign":                                   # a student of another teacher
-        write_run(folder)
-        (tmp_path / "other").mkdir()
-        write_run(tmp_path / "other", n_head=1, seed=1)
-        model = torch.load(tmp_path / "other" / "mdlm.pt")
-        model["settings"] = {"teacher": "another"}
-        torch.save(model, folder / "mdlm.pt")
-    if break_it == "cities":
-        write_run(folder)
-        saved = torch.load(folder / "teacher.pt")
-        saved["config"]["dataset"] = "cities"
-        torch.save(saved, folder / "teacher.pt")
-    target = tmp_path / "index.html"
-    status, _, err = cli(page.main, folder, "--to", target)
-    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
-    assert not target.exists()
+def test_the_stored_page_is_that_of_the_models_of_the_course():
+    stored = (ROOT / "docs" / "index.html").read_text(encoding="utf-8")
+    is_fresh = stored == page.build(ROOT / "notebooks" / "models" / "maze")
+    assert is_fresh, "run python notebooks/page.py"
+    assert len(stored.encode()) <= 600_000
 
 
 # -----------------------------------------------------------------------------
@@ -273,25 +249,6 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             self("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
 
-    def key(self, name, code, text=""):
-        for kind in ("keyDown", "keyUp"):
-            self("Input.dispatchKeyEvent", type=kind, key=name, code=name, text=text,
-                 windowsVirtualKeyCode=code)
-
-    def screenshot(self, path):
-        """For the eye: the whole page as a PNG."""
-        size = self("Page.getLayoutMetrics")["cssContentSize"]
-        shot = self("Page.captureScreenshot", captureBeyondViewport=True,
-                    clip=dict(size, scale=1))
-        path.write_bytes(base64.b64decode(shot["data"]))
-
-    def close(self):
-        self.session = {}
-        self("Browser.close")
-        self.process.wait(20)
-        os.close(self.to)
-        os.close(self.back)
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
@@ -299,110 +256,34 @@ def browser(tmp_path_factory):
         pytest.skip("there is no chromium here")
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
-    browser.close()
+    browser.session = {}
+    browser("Browser.close")
+    browser.process.wait(20)
 
 
 XI = "noise.xi.map(row => [...row])"
-PATHS = "MODELS.map(name => answers[name].path)"
 
 
-@pytest.mark.parametrize("width, dark", itertools.product((360, 1400), (False, True)))
+@pytest.mark.parametrize("width, dark", [(390, False), (820, True), (1400, False)])
 def test_the_page_opens_without_error_network_or_overflow(browser, html, width, dark):
     browser.open(html, width, dark)
-    paths = browser.js(PATHS)
+    paths = browser.js("MODELS.map(name => answers[name].path)")
     assert len(paths) == 4 and all(len(path) == T for path in paths)
-    widths = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    content, room = browser.js(widths)
-    assert content == room
+    assert browser.js("document.documentElement.scrollWidth <= innerWidth")
     assert not browser.seen("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
     urls = [e["params"]["request"]["url"] for e in browser.seen("Network.requestWillBeSent")]
     assert not [url for url in urls if url.startswith(("http", "ws", "ftp"))]
 
 
-def test_a_click_on_a_cell_of_a_path_changes_the_noise_of_its_position_only(browser, html):
+def test_a_click_changes_the_noise_of_one_position_and_the_teacher_follows(browser, html):
     browser.open(html)
     path, xi = browser.js("answers.gumbel.path"), browser.js(XI)
-    cell = path[3]
-    browser.click(f".model:nth-child(3) .cells button:nth-child({cell + 1})")
+    browser.click(f".model:nth-child(3) .cells button:nth-child({path[3] + 1})")
     i = browser.js("position")
-    assert path[i] == cell
-    changed = [k for k, row in enumerate(browser.js(XI)) if row != xi[k]]
-    assert changed == [i]
+    assert path[i] == path[3]
+    assert [k for k, row in enumerate(browser.js(XI)) if row != xi[k]] == [i]
     browser.click("#undo")
     assert browser.js(XI) == xi and browser.js("answers.gumbel.path") == path
-
-
-def test_a_click_on_another_cell_makes_the_teacher_go_there(browser, html):
-    browser.open(html)
-    for cell in (7, 20, 34):
-        if cell in browser.js("answers.teacher.path"):
-            continue
-        browser.click(f".model:nth-child(1) .cells button:nth-child({cell + 1})")
-        assert browser.js(f"answers.teacher.path[{cell // 6 + cell % 6 - 1}]") == cell
-
-
-def test_the_keyboard_alone_reaches_every_change(browser, html):
-    browser.open(html)
-    xi = browser.js(XI)
-    browser.js("document.querySelector('.cells button').focus()")
-    for name, code in [("ArrowRight", 39), ("ArrowDown", 40), ("Enter", 13)]:
-        browser.key(name, code, "\r" if name == "Enter" else "")
-    assert browser.js("document.activeElement === $('mazes').querySelectorAll('button')[7]")
-    assert browser.js(XI) != xi                                 # cell 7 was clicked
-    browser.js("$('steps').focus()")
-    browser.key("ArrowRight", 39)
-    assert browser.js("$('steps-out').textContent") == "2"
-    xi = browser.js(XI)
-    browser.js("document.querySelector('.track input').focus()")
-    browser.key("ArrowRight", 39)
-    changed = [i for i, (a, b) in enumerate(zip(sum(browser.js(XI), []), sum(xi, []))) if a != b]
-    assert len(changed) == 1                                    # one token's noise
-    assert browser.js("document.activeElement.type") == "range"
-    browser.js("$('new').focus()")
-    browser.key("Enter", 13, "\r")
-    assert browser.js("seed") == 2
-
-
-def test_a_handle_dragged_to_the_right_wins(browser, html):
-    browser.open(html)
-    token = browser.js("""(() => {
-      const row = [...document.querySelectorAll('#bars tbody tr')].find(row => !row.className);
-      const input = row.querySelector("input");
-      input.value = 8;
-      input.dispatchEvent(new Event("input"));
-      input.dispatchEvent(new Event("change"));
-      return Number(row.dataset.token);
-    })()""")
-    assert browser.js("answers.teacher.path[position]") == token
-    assert browser.js("answers.mdlm.path[position]") in browser.js("tokens_shown()")
-
-
-def test_the_film_ends_with_the_whole_paths(browser, html):
-    browser.open(html)
-    end = browser.js("$('mazes').innerHTML")
-    browser.js("$('steps').value = 5; $('film').click()")
-    assert "step 0 of 5" in browser.js("$('mazes').textContent")
-    browser.js("$('film').click(); $('steps').value = 1; answer(); show()")
-    assert browser.js("$('mazes').innerHTML") == end
-
-
-def test_the_counter_counts_valid_paths_and_their_distance(browser, html):
-    browser.open(html)
-    browser.js("serial_extraction = (net, xi, B) =>"            # nine right paths, and a wrong one
-               " ({x0: [...content.paths.slice(0, B - 1), content.paths[0].map(() => 3)].flat()})")
-    browser.js("count()")
-    run = browser.js("({n: runs[0].n, valid: runs[0].valid, counts: runs[0].counts,"
-                     " tv: tv(runs[0], 'teacher')})")
-    assert run["n"]["teacher"] == 1000
-    counts = torch.tensor(run["counts"]["teacher"]).numpy()
-    assert run["valid"]["teacher"] == counts.sum() == 900
-    assert run["tv"] == pytest.approx(page.data.total_variation(counts, 100))
-
-
-def test_a_browser_without_a_feature_is_told_which(browser, html):
-    cut = browser("Page.addScriptToEvaluateOnNewDocument",
-                  source="delete String.prototype.replaceAll")
-    browser.open(html)
-    assert "String.replaceAll" in browser.js("$('stop').textContent")
-    assert not browser.seen("Runtime.exceptionThrown")
-    browser("Page.removeScriptToEvaluateOnNewDocument", identifier=cut["identifier"])
+    cell = next(cell for cell in (7, 20, 34) if cell not in browser.js("answers.teacher.path"))
+    browser.click(f".model:nth-child(1) .cells button:nth-child({cell + 1})")
+    assert browser.js(f"answers.teacher.path[{cell // 6 + cell % 6 - 1}]") == cell
