@@ -1,6 +1,6 @@
 """The paper's ablation and its baselines, as a table of runs.
 
-    python ablation.py                          # 22 students learn the maze: NN minutes, two cores
+    python ablation.py                          # 22 students learn the maze, one process a core
     python ablation.py --seed 1 --only serial   # one of the runs, with another seed
 
 To ask a question of your own, add a line to RUNS. What is finished is not trained again.
@@ -86,12 +86,11 @@ def train_one(run, name, cfg):
     """The rows of one student of a run, in a process of its own with one thread."""
     torch.set_num_threads(1)
     data, teacher, own_texts = prepare(cfg)
-    students, settings = RUNS[run]
     cfg = copy.copy(cfg)
-    vars(cfg).update(settings, out_dir=f"{cfg.out_dir}/{run}")
+    vars(cfg).update(RUNS[run][1], out_dir=f"{cfg.out_dir}/{run}")
     os.makedirs(cfg.out_dir, exist_ok=True)
     torch.manual_seed(cfg.seed)
-    student = students[name](cfg, data.vocab_size)
+    student = RUNS[run][0][name](cfg, data.vocab_size)
     to_learn = own_texts if run in ("sequence-kd", "serial") else data
     student = gd.train(name, student, to_learn, cfg, cfg.max_steps, teacher)
     rows = gd.evaluate(teacher, {name: student}, data, cfg)[2:]
