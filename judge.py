@@ -269,8 +269,8 @@ def main(words=None):
         path = os.path.join(os.path.dirname(path), "teacher.pt")
         own = load_models([path], args.device)
         teacher = own[path][0]
-    for name, (_, _, saved) in {**own, **loaded}.items():
-        if saved["tokenizer"] != data.tokenizer:
+    for name, (_, tokenizer, saved) in {**own, **loaded}.items():
+        if tokenizer.state != Tokenizer(**data.tokenizer).state:
             raise gd.UserError(f"{name} has other tokens than the text at hand: restore the text")
         if data.fingerprint not in saved["about"]["data"]:
             note(f"{name} learned from another text than the one at hand")

@@ -63,7 +63,7 @@ TABLES = {
     "news": (NEWS, [dict(init_from=STARTS, max_steps=[2500], seed=[0]),
                     dict(student=["mdlm", "gumbel"], max_steps=[800], seed=[0, 1, 2])]),
     "card": (CARD, [dict(init_from=STARTS, seed=[0])]),
-    "readers": (STORIES, [dict(student=STUDENTS + ["linear", "one-uniform", "one-uniform-sorted"],
+    "readers": (STORIES, [dict(student=STUDENTS + ["linear", "one-uniform", "one-sorted"],
                                seq_len=[16, 64], labels=LABELS, seed=[0])]),
     "blocks": (dict(STORIES, block_size=4, nfe=[16, 32]), [
         dict(student=["bd3lm", "bd3lm-gumbel", "bd3lm-draft"], labels=LABELS, seed=[0, 1, 2])]),
