@@ -26,13 +26,13 @@ from tqdm import tqdm
 UserError = SystemExit              # what a user can mend: Python prints its message, no traceback
 
 # --- Settings: what differs from the defaults of gumbel_distill.Config ----------------------------
+CITIES = dict(seq_len=19, lr=2e-3, nfe=(1, 2, 4, 19), n_samples=1000)
 TEXT = dict(seq_len=64, n_head=4, n_embd=128, batch_size=32, lr=2e-3, t_min=0.1,
             init_from="teacher", nfe=(1, 4, 16, 64), n_samples=200)
 WEB = dict(TEXT, tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, lr=3e-4,
            warmup=2500, ema=0.9999, eval_every=1000, teacher_steps=20_000, max_steps=20_000)
 PRESETS = {
-    "cities": dict(seq_len=19, lr=2e-3, teacher_steps=2000, max_steps=4000, nfe=(1, 2, 4, 19),
-                   n_samples=1000),
+    "cities": dict(CITIES, teacher_steps=2000, max_steps=4000),
     "text": dict(TEXT, teacher_steps=1500, max_steps=1500),
     "tinystories": dict(TEXT, tokenizer="gpt2-1024", teacher_steps=2000, max_steps=4000),
     "lm1b": dict(WEB, seq_len=128, batch_size=256, nfe=(1, 4, 16, 32, 128), n_samples=256),
@@ -68,13 +68,13 @@ class Tokenizer:
     """A list of words joined by `sep` or, with words None, the first `size` tokens of GPT-2's BPE.
     bos_id is what the teacher puts in front: <|endoftext|> of GPT-2, else vocab_size, an input row
     of its own; `end` is written after a document. Tokenizer(**state) makes it anew."""
-
     def __init__(self, words=None, sep="", size=50257):
         self.words, self.sep = words, sep
         self.state = dict(words=words, sep=sep, size=size)
         if words is None:
             self.bpe = load_gpt2_bpe(size)
-            self.vocab_size, self.bos_id, self.end = size, self.bpe.eot_token, "<|endoftext|>"
+            self.vocab_size = size + -size % 64                 # whole rows are fast on a card
+            self.bos_id, self.end = self.bpe.eot_token, "<|endoftext|>"
         else:
             self.ids = {word: i for i, word in enumerate(words)}
             self.vocab_size, self.bos_id, self.end = len(words), len(words), "\n"
@@ -91,7 +91,7 @@ class Tokenizer:
     def decode(self, ids):
         ids = [int(i) for i in ids]
         if self.words is None:
-            return self.bpe.decode(ids)
+            return self.bpe.decode([i for i in ids if i < self.bpe.n_vocab])
         return self.sep.join(self.words[i] for i in ids)
 
 
@@ -110,7 +110,6 @@ def load_gpt2_bpe(size):
 class Data:
     """Texts to train and to validate on. train and val are token ids (n,) uint16. A training text
     of seq_len tokens starts at every `stride` tokens; validation texts do not overlap."""
-
     def __init__(self, train, val, seq_len, tokenizer, stride=1, pretrained=None):
         for name, tokens in ("training", train), ("validation", val):
             if not 0 < seq_len <= len(tokens):
@@ -180,7 +179,6 @@ for slot, phrases in SLOTS.items():
 
 class Cities(Data):
     """Sentences of the grammar, filled up with END to seq_len, and judged by the grammar."""
-
     def judge(self, x):
         """valid: share of the texts x (N, T) that the grammar allows;  wrong_names: share of names
         like Los York;  tv: total variation between the names and the true ones, 0 to 1"""
@@ -378,10 +376,13 @@ class Pretrained(torch.nn.Module):
     layers = ()                                                 # none that we compile
     nll = staticmethod(functools.partial(torch.nn.functional.cross_entropy, reduction="none"))
 
-    def __init__(self, model):
+    def __init__(self, model, vocab_size):
         super().__init__()
-        self.embed = torch.nn.Identity()
-        self.body, self.head = model.base_model, model.get_output_embeddings()
+        self.embed, self.body = torch.nn.Identity(), model.base_model
+        head = model.get_output_embeddings()
+        self.head = torch.nn.Linear(head.in_features, vocab_size).requires_grad_(False)
+        self.head.weight.zero_()[:head.out_features] = head.weight
+        self.head.bias.fill_(-1e9)[:head.out_features] = 0      # ids of no text are never drawn
         names = inspect.signature(self.body.forward).parameters
         self.past = "cache" if "cache" in names else "past_key_values"     # its name before 5.24
 
@@ -411,10 +412,10 @@ def load_pretrained(name, tokenizer, seq_len):
     """The net of a teacher from transformers; it must have the tokenizer here."""
     model, words = load_transformers(name, "--teacher", "none: then one is trained")
     probe, n_tokens = "The teacher's tokens, 12.5 of them;\n\n  naïve?", model.config.vocab_size
-    if n_tokens != tokenizer.vocab_size or words.encode(probe) != tokenizer.encode(probe):
+    if n_tokens != tokenizer.state["size"] or words.encode(probe) != tokenizer.encode(probe):
         raise UserError(f"--teacher {name}: its {n_tokens} tokens are not those of --tokenizer; "
                         "gpt2 models go with --tokenizer gpt2")
     longest = getattr(model.config, "max_position_embeddings", seq_len)
     if seq_len > longest:
         raise UserError(f"--seq-len {seq_len}: --teacher {name} reads at most {longest} tokens")
-    return Pretrained(model)
+    return Pretrained(model, tokenizer.vocab_size)
