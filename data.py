@@ -373,7 +373,6 @@ def load_text(cfg):
 # --- Models of transformers, as teachers and judges -----------------------------------------------
 class Pretrained(torch.nn.Module):
     """A causal language model of Hugging Face's transformers with the face of Transformer."""
-    layers = ()                                                 # none that we compile
     nll = staticmethod(functools.partial(torch.nn.functional.cross_entropy, reduction="none"))
 
     def __init__(self, model, vocab_size):
