@@ -51,8 +51,7 @@ def teacher():
 
 
 class Letters:
-    """Random texts (N, 6) of 7 letters, with the attributes of gd.Maze: 40 to train on, 13 others
-    to validate on."""
+    """40 random texts to train on and 13 to validate on, with the attributes of gd.Maze."""
     vocab_size = bos_id = V
     pretrained = None
     tokenizer = dict(words=list("abcdefg"))

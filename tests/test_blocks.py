@@ -136,8 +136,3 @@ def test_the_calls_for_a_text_are_shared_out_evenly_among_its_blocks(block_size,
     assert len(starts) == calls
     assert {starts.count(start) for start in starts} == {calls * block_size // T}
     assert sorted(set(starts)) == list(range(0, T, block_size))
-
-
-def test_a_block_size_that_does_not_divide_the_length_is_refused():
-    with pytest.raises(gd.UserError, match="--block-size 4"):
-        block_student(block_size=4)

@@ -12,26 +12,18 @@ from test_models import losses_and_gradients
 
 pytestmark = pytest.mark.quick
 
-H = torch.randn(50, 16, generator=gd.rng("hidden"), dtype=torch.float64)
-XI = gd.sample_gumbel((50, V), gd.rng("noise"), torch.float64)
-
-
-def drafting_net(scale=1.0, h=H):
-    """A network about to draft at hidden states h (M, C), and all its logits there."""
-    net = tiny_student("gumbel-draft").net
-    net.scale.data.fill_(scale)
-    net.xi = XI[:len(h)]
-    return net, net.head(net.norm(h))
-
-
 @pytest.mark.parametrize("n_draft, scale", [(1, 1.0), (1, 0.1), (V, 1e6)])
 def test_a_draft_is_the_embedding_of_what_gumbel_max_would_draw(n_draft, scale, monkeypatch):
     """With one best token, or at a large scale s."""
     monkeypatch.setattr(drafts, "DRAFT_TOKENS", n_draft)
-    net, logits = drafting_net(scale)
-    token = (logits + XI).argmax(-1)
-    assert (token != XI.argmax(-1)).any() and (token != logits.argmax(-1)).any()
-    assert torch.allclose(net.draft(H), net.embed(token))
+    net = tiny_student("gumbel-draft").net
+    net.scale.data.fill_(scale)
+    net.xi = gd.sample_gumbel((50, V), gd.rng("noise"), torch.float64)
+    h = torch.randn(50, 16, generator=gd.rng("hidden"), dtype=torch.float64)
+    logits = net.head(net.norm(h))
+    token = (logits + net.xi).argmax(-1)
+    assert (token != net.xi.argmax(-1)).any() and (token != logits.argmax(-1)).any()
+    assert torch.allclose(net.draft(h), net.embed(token))
 
 
 def dense_logits(student, xt, xi):
