@@ -380,7 +380,7 @@ class Pretrained(torch.nn.Module):
         self.embed, self.body = torch.nn.Identity(), model.base_model
         head = model.get_output_embeddings()
         self.head = torch.nn.Linear(head.in_features, vocab_size).requires_grad_(False)
-        self.head.weight.zero_()[:head.out_features] = head.weight
+        self.head.weight.zero_()[:head.out_features] = head.weight.detach()
         self.head.bias.fill_(-1e9)[:head.out_features] = 0      # ids of no text are never drawn
         names = inspect.signature(self.body.forward).parameters
         self.past = "cache" if "cache" in names else "past_key_values"     # its name before 5.24
