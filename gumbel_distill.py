@@ -54,6 +54,8 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(C, bias=False)
         self.mlp_in = nn.Linear(C, 4 * C, bias=False)
         self.mlp_out = nn.Linear(4 * C, C, bias=False)
+        nn.init.zeros_(self.attn_out.weight)                    # a layer begins as the identity
+        nn.init.zeros_(self.mlp_out.weight)
 
     def forward(self, x, pos, attend):
         B, T, C = x.shape
@@ -238,8 +240,7 @@ class Student(nn.Module):
     def forward(self, xt, xi=None):
         """Logits (M, V) at the masked positions of xt (B, T), row by row; xi (M, V) likewise."""
         x = self.embed(xt, xi) + self.embed_pos.weight          # (B, T, C)
-        h = self.net(x)
-        return self.net.head(h[xt == self.mask_id])
+        return self.net.head(self.net(x)[xt == self.mask_id])
 
     def loss(self, x0, t, generator, teacher):
         """- E [ 1/t sum over masked i of log p_theta(x0_i | xt, xi) ] / T, in nats per token.
@@ -321,8 +322,7 @@ def denoise(student, xt, xi, u, steps):
             continue
         logits = student(xt, xi[is_masked])                     # (M, V)
         tokens = student.draw(logits, u[:, 1][is_masked])       # (M,)
-        drawn = xt.masked_scatter(is_masked, tokens)
-        xt = torch.where(is_filled, drawn, xt)
+        xt = torch.where(is_filled, xt.masked_scatter(is_masked, tokens), xt)
     return xt
 
 
@@ -385,7 +385,8 @@ class Maze:
             for cell, is_open in enumerate("".join(MAZE)):
                 mark = "o" if cell in [0] + path else " _"[is_open in ">."]
                 lines[cell // 6] += mark + " |"[is_open in "v."]
-            lines[6] += "valid       " if path in self.paths.tolist() else "broken      "
+            verdict = ["broken", "open", "valid"][(36 in path) + 2 * (path in self.paths.tolist())]
+            lines[6] += verdict.ljust(12)
         return "\n".join(lines)
 
 
@@ -483,8 +484,7 @@ def train(name, model, data, cfg, n_steps, teacher=None):
             average.lerp_(p.detach(), 1 - decay)
         step += 1
         bar.update()
-        is_due = step % cfg.eval_every == 0 or step == n_steps
-        if is_due and RANK == 0:  # process 0 validates and saves for all
+        if RANK == 0 and (step % cfg.eval_every == 0 or step == n_steps):
             val = mean_loss(ema, data.val[:8 * cfg.batch_size], cfg, teacher)
             bar.write(f"{name:12} step {step:6} | loss {loss:.4f} | val {val:.4f} {unit}")
             if not math.isfinite(val):
@@ -505,8 +505,7 @@ HAS_BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_
 
 
 def option(default, help, of="run", **how):
-    """A field of Config. `of` says whose weights it decides: those of "all" models, of a "student",
-    or of none ("run"). `how` goes to argparse's add_argument."""
+    """A field of Config; it decides the weights `of` "all" models, of a "student", or of none."""
     return dataclasses.field(default=default, metadata=dict(of=of, how=dict(how, help=help)))
 
 
