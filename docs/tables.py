@@ -47,6 +47,8 @@ STUDENTS = ["mdlm", "gumbel", "gumbel-draft"]
 STARTS, LABELS = ["scratch", "teacher"], ["data", "teacher"]
 STORIES = dict(dataset="tinystories", seq_len=64, batch_size=32, teacher_steps=2000, compile=False,
                init_from="teacher", labels="data", max_steps=1000, nfe=[1, 2, 4, 8], draws=DRAWS)
+SMALL = dict(STORIES, n_embd=64, n_head=2, max_steps=1200, nfe=[1, 2, 4],
+             draws=[(1.0, temperature, 1.0) for temperature in (0.5, 0.7, 0.85, 1.0)])
 NEWS = dict(STORIES, dataset="lm1b", tokenizer="gpt2-4096", seq_len=32, n_layer=4, n_head=4,
             n_embd=128, dropout=0.0, batch_size=256, lr=2e-3, warmup=100, ema=0.999, compile=True,
             teacher_steps=2500, judge_steps=1000, nfe=[1, 2, 4, 16])
@@ -63,10 +65,11 @@ TABLES = {
     "news": (NEWS, [dict(init_from=STARTS, max_steps=[2500], seed=[0]),
                     dict(student=["mdlm", "gumbel"], max_steps=[800], seed=[0, 1, 2])]),
     "card": (CARD, [dict(init_from=STARTS, seed=[0])]),
-    "readers": (STORIES, [dict(student=STUDENTS + ["linear", "one-uniform", "one-sorted"],
-                               seq_len=[16, 64], labels=LABELS, seed=[0])]),
-    "blocks": (dict(STORIES, block_size=4, nfe=[16, 32]), [
-        dict(student=["bd3lm", "bd3lm-gumbel", "bd3lm-draft"], labels=LABELS, seed=[0, 1, 2])]),
+    "readers": (SMALL, [dict(student=STUDENTS + ["linear", "one-uniform", "one-sorted"],
+                             seq_len=[16], labels=["teacher"], seed=[0])]),
+    "blocks": (dict(SMALL, block_size=4, nfe=[16, 32]), [
+        dict(student=["bd3lm", "bd3lm-gumbel", "bd3lm-draft"], labels=LABELS, seed=[seed])
+        for seed in (0, 1, 2)]),
 }
 ABOUT = "student seq_len block_size init_from labels max_steps seed".split()    # what names a run
 
