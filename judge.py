@@ -279,6 +279,8 @@ def main(words=None):
     real = data.val[:2 * n]
     if cfg.dataset == "maze":  # 51 paths, equally likely
         real = data.val[torch.randint(51, (2 * n,), generator=gd.rng(seed, "real"))]
+    if len(real) < 20:
+        raise gd.UserError(f"-n {n}: judging takes 20 real texts or more, and here are {len(real)}")
     real, other = real.to(args.device).chunk(2)
     reader = args.judge or ("teacher" if data.tokenizer["sep"] else "gpt2-large")
     judge = Judge(data, real, teacher if reader == "teacher" else load_reader(reader, args.device))
@@ -311,9 +313,7 @@ def main(words=None):
     shown = [column for column in COLUMNS if any(column in row for row in rows)]
     gd.print_table([{column: row.get(column, "") for column in shown} for row in rows])
     print_fooled(rows)
-    if any(row.get("energy", 0) < 0 for row in rows):
-        print("an energy below 0: the estimate has no bias, so where the distance is 0 it may be")
-    print(f"{path} has standard errors and more scores")
+    print(f"An energy below 0 is an estimate of 0. {path} has standard errors and more scores")
 
 
 if __name__ == "__main__":
