@@ -1,9 +1,9 @@
 """What the chapters share, and a command for those who teach, and for the README's pictures.
 
-    python notebooks/classroom.py                     # out/hero.png, of the models in out/maze
-    python notebooks/classroom.py --gif               # out/maze.gif, of the same models
-    python notebooks/classroom.py --hand-out FOLDER   # the chapters without outputs and answers
-    python notebooks/classroom.py --models            # pack out/maze into notebooks/models/maze
+    python notebooks/classroom.py --run out/maze --to out        # out/hero.png, of that run
+    python notebooks/classroom.py --gif                          # out/maze.gif, likewise
+    python notebooks/classroom.py --hand-out FOLDER              # the chapters without answers
+    python notebooks/classroom.py --models       # packs out/maze into notebooks/models/maze
     python notebooks/classroom.py --address https://github.com/you/project       # badges for Colab
 """
 
@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 
 from drawings import BLUE, GREEN, GREY, MASK, PURPLE, RED, ROOT, STYLE  # noqa: F401
-from drawings import curve, draw_all, gd, hero, on_grid, plt, write_gif  # noqa: F401
+from drawings import curve, draw, draw_all, gd, hero, label, on_grid, plt, write_gif  # noqa: F401
 import data
 import exact
 import sample
@@ -31,23 +31,17 @@ MODELS = NOTEBOOKS / "models"
 CHAPTERS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 
 
-def label(model):
-    """The label of a model of the course in all pictures and tables."""
-    return STYLE[model.name][3]
-
-
 def where(name):
     """Settings: the folder out/NAME of a training in a chapter. The tests set GD_SMALL to another
     folder; there the training is short."""
-    folder = os.environ.get("GD_SMALL")
-    if folder:
-        return dict(out_dir=f"{folder}/{name}", max_steps=4, eval_every=4, batch_size=8)
+    if "GD_SMALL" in os.environ:
+        return dict(out_dir=f"{os.environ['GD_SMALL']}/{name}", max_steps=4, batch_size=8)
     return dict(out_dir=os.path.relpath(ROOT / "out" / name))
 
 
 def size(n):
     """The number of samples: n, or a few in the tests."""
-    return min(n, 30) if os.environ.get("GD_SMALL") else n
+    return n // 100 + 8 if "GD_SMALL" in os.environ else n
 
 
 def load_models(*names, of="maze"):
@@ -112,7 +106,6 @@ def has_digest(right, values=lambda answer: answer):
 
 
 FIVE = torch.tensor([0.40, 0.25, 0.20, 0.10, 0.05]).log()       # logp (V,) of chapter 1
-THREE = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]])        # p and q (V,) of chapter 6
 
 
 def draws_colder(sampler, n=20_000):
@@ -175,13 +168,13 @@ def is_bound_of_borders(bound):
 def is_gumbel_agreement(number, n=40_000):
     """6.3: how often the argmax of two models with shared Gumbel noise is one token."""
     xi = gd.sample_gumbel((n, 3), gd.rng("exercise"))
-    tokens = [(p.log() + xi).argmax(dim=-1) for p in THREE]
+    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]])
+    tokens = [(p.log() + xi).argmax(dim=-1), (q.log() + xi).argmax(dim=-1)]
     return abs(number - (tokens[0] == tokens[1]).double().mean()) < 0.015
 
 
 EXERCISES = {
-    "1.1": (draws_colder, "These are not the probabilities softmax(2 logp). What must be doubled, "
-            "and what must not? The answer is a function of logp and xi."),
+    "1.1": (draws_colder, "It must be softmax(2 logp). What is doubled, and what is not?"),
     "1.2": (is_mean_of_maximum, "Average (logp + xi).amax(-1) over the draws above. The number is "
             "named after Euler."),
     "1.3": (has_digest("44136fa355"), "A likely loser must have smaller noise than a rare one. "
@@ -189,10 +182,9 @@ EXERCISES = {
     "1.4": (is_straight, "Write down that k1 beats k2 in the first row, and that k2 beats k1 in "
             "the second. Add the two. The answer is a function of one, two, k1, k2."),
     "2.1": (has_digest("a8daa0f42c", lambda pair: [*map(pair[0], (0.0, 0.5, 0.8)), pair[1]]),
-            "Write down the probability of ABAB, and that of BABA. Add the two. The answer is a "
-            "pair: a function of a, and the a at which it is smallest."),
-    "2.2": (is_valid_by_chance, "Multiply true_p[i, path[i]] along each path. Then add up over the "
-            "paths."),
+            "Add the probabilities of ABAB and of BABA. The answer is a pair: a function of a, and "
+            "the a at which it is smallest."),
+    "2.2": (is_valid_by_chance, "Multiply true_p[i, path[i]] along each path, and add up."),
     "2.3": (has_digest("b07c03b413"), "Half the sum of |share - 1/51| over the 51 paths."),
     "3.1": (has_digest("1705701365"), "Which of them does Theorem 4.1 make, and from what?"),
     "3.2": (has_digest("2a1558ac34"), "The noise of the moves 1 to i decides move i."),
@@ -201,25 +193,21 @@ EXERCISES = {
     "3.4": (is_break_even, "A round with a student costs 1 + c, a round without one costs 1. "
             "Multiply by the mean numbers of rounds."),
     "4.1": (has_digest("399d0c7e69"), "How many blocks are there? Each takes its own steps."),
-    "4.2": (has_digest("ec7eb527d8"), "Each block is one token. Which tokens does the "
-            "model see?"),
+    "4.2": (has_digest("ec7eb527d8"), "Each block is one token. Which tokens does the model see?"),
     "4.3": (reads_a_curve, "Keep the rows of this model and nfe, sort them by entropy, and "
             "interpolate (numpy.interp). The answer is a function of rows, model, nfe, entropy."),
-    "5.1": (has_digest("93cd75cb26"), "Token i + 2 depends on the tokens i and i + 1. What "
-            "decides these? The answer is a set."),
+    "5.1": (has_digest("93cd75cb26"), "Token i + 2 depends on the tokens i and i + 1. What decides "
+            "these? The answer is a set."),
     "5.2": (has_digest("dadcc89cf1", lambda mean: [mean([0.5, 0.5]), mean([1, 0.9, 0.5])]),
-            "The guess of head k stays if the heads 1 to k are all right: multiply. The answer is "
-            "a function of a list."),
+            "The guess of head k stays if the heads 1 to k are all right: multiply."),
     "5.3": (has_digest("baada11eca"), "What does a guess without noise do? And what does the "
             "teacher do with xi? The answer is two numbers."),
-    "5.4": (has_digest("7681a09eb4"), "Compare the rows no noise and noise added. The answer is a "
-            "set of numbers."),
+    "5.4": (has_digest("7681a09eb4"), "Compare the rows no noise and noise added: a set."),
     "6.1": (is_bound_of_borders, "F is p.cumsum(dim=-1). Take the distance of the two places of "
             "each border, and add up over the borders."),
-    "6.2": (has_digest("2496861e08"), "Which distribution has 1 - u? And which token does "
-            "the teacher pick at 1 - u? The answer is a set."),
-    "6.3": (is_gumbel_agreement, "1 / sum_j max(p_j / p_k, q_j / q_k) is the share of token k. Add "
-            "up over the three."),
+    "6.2": (has_digest("2496861e08"), "Which distribution has 1 - u? And which token does the "
+            "teacher pick at 1 - u? The answer is a set."),
+    "6.3": (is_gumbel_agreement, "Token k has 1 / sum_j max(p_j / p_k, q_j / q_k). Add up."),
 }
 
 
@@ -237,7 +225,7 @@ def check(number, answer):
 
 
 # -----------------------------------------------------------------------------
-# For those who teach: what goes to the class, the models, the badges
+# For those who teach: what goes to the class, the models, the badges, the README's picture
 HANDED = "*.py *.toml LICENSE README.md docs/* notebooks/*.py notebooks/models/*/*.pt".split()
 
 
@@ -246,8 +234,8 @@ def write_chapter(book, path):
 
 
 def hand_out(folder):
-    """Write the chapters as a class gets them: no outputs, and no cell that has the tag "answer".
-    All that they import and link to lies where it lies here."""
+    """Write the chapters as a class gets them: without outputs, folded answers, and cells that have
+    the tag "answer". All that they import and link to lies where it lies here."""
     if folder.exists():
         raise gd.UserError(f"--hand-out {folder}: is there already; name a new folder")
     for path in [path for pattern in HANDED for path in ROOT.glob(pattern)]:
@@ -256,7 +244,8 @@ def hand_out(folder):
         shutil.copy(path, target)
     for path in CHAPTERS:
         book = json.loads(path.read_text(encoding="utf-8"))
-        book["cells"] = [c for c in book["cells"] if "answer" not in c["metadata"].get("tags", [])]
+        book["cells"] = [c for c in book["cells"] if "answer" not in c["metadata"].get("tags", ())
+                         and not "".join(c["source"]).startswith("<details>")]
         for cell in book["cells"]:
             if cell["cell_type"] == "code":
                 cell.update(outputs=[], execution_count=None)
@@ -311,8 +300,6 @@ def add_badges(address):
     return NOTEBOOKS
 
 
-# -----------------------------------------------------------------------------
-# The README's pictures
 def draw_hero(run, path):
     """Valid paths and their distance from the truth, against the steps, of a run's students."""
     mdlm, paper, ours = load_models("mdlm", "gumbel", "gumbel-draft", of=run)
@@ -327,12 +314,11 @@ def draw_hero(run, path):
 
 def main(words=None):
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("--gif", action="store_true")
-    parser.add_argument("--hand-out", type=Path)
-    parser.add_argument("--models", action="store_true")
+    for flag in ("--gif", "--models"):
+        parser.add_argument(flag, action="store_true")
+    for flag, default in dict(hand_out=None, run="out/maze", to="out").items():
+        parser.add_argument("--" + flag.replace("_", "-"), default=default, type=Path)
     parser.add_argument("--address")
-    parser.add_argument("--run", default="out/maze", type=Path, help="the folder of a run")
-    parser.add_argument("--to", default="out", type=Path, help="the folder of the pictures")
     args = parser.parse_args(words)
     plt.switch_backend("Agg")
     run = args.run.resolve()

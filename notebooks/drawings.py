@@ -20,12 +20,17 @@ RED, BLUE, GREEN, GREY, PURPLE = "#D55E00", "#0072B2", "#009E73", "#999999", "#B
 STYLE = {  # colour, marker, line and label of each model in all pictures
     "mdlm": (PURPLE, "s", "-", "MDLM"),
     "mdlm-argmax": (PURPLE, "x", ":", "MDLM, argmax"),
-    "bd3lm": (PURPLE, "s", "-", "BD3-LM"),
+    "bd3lm": ("black", "v", "--", "BD3-LM"),
     "gumbel": (BLUE, "o", "-", "the paper's student"),
     "gumbel-draft": (GREEN, "^", "-", "ours (drafts)"),
     "teacher": ("black", "D", "--", "AR teacher"),
 }
 MASK = gd.Maze.vocab_size           # id of [MASK] in the maze
+
+
+def label(model):
+    """The label of a model of the course in all pictures and tables."""
+    return STYLE[model.name][3]
 
 
 # -----------------------------------------------------------------------------
@@ -78,7 +83,6 @@ def draw_all(paths, titles=None, columns=5, width=2.0):
         axis.axis("off")
     for i, path in enumerate(paths):
         draw(path, axes.flat[i], titles[i] if titles else "")
-    return figure
 
 
 def on_grid(p, axis, title=""):
@@ -147,7 +151,7 @@ def draw_training(saved):
         axis.plot(steps, val, color=color)
         steps, _, val = zip(*checkpoint["log"])
         axis.plot(steps, val, color=color, marker=marker, ls="", label=title)
-    axis.set(xlabel="step", ylabel="validation loss,\nnats per token", xscale="log", ylim=(0, 3))
+    axis.set(xlabel="step", ylabel="validation loss,\nnats per token", xscale="log", ylim=(0, 1.5))
     axis.set_xticks((10, 30, 100, 300, 1000), (10, 30, 100, 300, 1000))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -155,7 +159,7 @@ def draw_training(saved):
 
 
 # -----------------------------------------------------------------------------
-# Chapter 1
+# Drawings of single chapters, in their order
 def draw_race(T, words, end=3.0):
     """Races of clocks: T (n, V) are the times of the rings. The first ring of a race is blue. A
     clock that rings after `end` has an arrow."""
@@ -172,15 +176,13 @@ def draw_race(T, words, end=3.0):
     axes[0].set_yticks(range(len(words)), words)
 
 
-# -----------------------------------------------------------------------------
-# Chapter 3
 def draw_method():
     """The whole method: training above, writing below."""
     figure, axis = plt.subplots(figsize=(10, 3.4), layout="constrained")
     axis.set(xlim=(0, 10), ylim=(-0.3, 3.6))
     axis.axis("off")
-    axis.text(0.1, 3.4, "training", fontsize=10, weight="bold")
-    axis.text(0.1, 1.0, "writing", fontsize=10, weight="bold")
+    axis.text(0.1, 3.4, "training", weight="bold")
+    axis.text(0.1, 1.0, "writing", weight="bold")
     blue, green, yellow = "#CFE3F1", "#CDEBE1", "#F7EFC2"
     boxes = [(1.0, 2.6, "a real text\nx0", "white"), (3.1, 3.1, "teacher\none pass", blue),
              (5.4, 3.1, "posterior noise xi:\nthe teacher would\nhave written x0", yellow),
@@ -198,7 +200,6 @@ def draw_method():
         axis.annotate("", (x2, y2), (x1, y1), arrowprops=dict(arrowstyle="-|>", lw=1.5))
     axis.annotate("", (7.3, 0.3), (3.5, 0.3), arrowprops=dict(
         arrowstyle="-|>", lw=1.5, connectionstyle="arc3,rad=0.15"))
-    return figure
 
 
 def draw_noise(logp, noises, x0):
@@ -220,7 +221,6 @@ def draw_noise(logp, noises, x0):
                                                  alpha=0.4, lw=0))
             if title == "their sum":
                 axis.text(x0 % 6 + 0.72, x0 // 6 + 0.4, "*", color="black", fontsize=10)
-    return figure
 
 
 def draw_loss(nll, is_masked):
@@ -235,11 +235,8 @@ def draw_loss(nll, is_masked):
         axis.axvline((text < start).sum() - 0.5, color="black", lw=0.8, ls=":")
     axis.set(xlabel="masked moves; dotted lines part the texts", ylabel="loss, nats")
     axis.legend(fontsize=8)
-    return figure
 
 
-# -----------------------------------------------------------------------------
-# Chapter 4
 def draw_pieces(rows, names, right, tokenizer, width=105):
     """Texts (T,) as pieces of words, one text a line, `width` letters of it: green where they equal
     `right` (T,), else red. A masked piece is a grey line, the end of a line is /."""
@@ -259,7 +256,6 @@ def draw_pieces(rows, names, right, tokenizer, width=105):
             axis.text(x, y, piece, fontsize=8.5, va="center", family="monospace", color=color,
                       parse_math=False)
             x += len(piece)
-    return figure
 
 
 def draw_frontiers(rows, real):
@@ -274,15 +270,13 @@ def draw_frontiers(rows, real):
             if here:
                 axis.plot([row["entropy"] for row in here], [row["nll"] for row in here],
                           color=color, marker=marker, ls=ls, ms=4, label=title)
-            for row in here:
-                if row["is_usual"]:
-                    axis.plot(row["entropy"], row["nll"], marker, color=color, ms=10)
+            for row in (row for row in here if row["is_usual"]):
+                axis.plot(row["entropy"], row["nll"], marker, color=color, ms=10)
         axis.axvline(real["entropy"], color="black", ls=":", label="the teacher's entropy")
         axis.set(title=f"steps: {nfe}", xlabel="entropy, nats")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("NLL, nats per token")
     axes[0].legend(fontsize=8)
-    return axes
 
 
 def draw_gains(rows):

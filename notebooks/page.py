@@ -21,7 +21,9 @@ import gumbel_distill as gd  # noqa: E402
 import sample  # noqa: E402
 
 MODELS = ["teacher", "mdlm", "gumbel", "gumbel-draft"]
-LEVELS = 44                     # a weight is one of -44..44 times the scale of its row
+LEVELS = 7                      # a weight is one of -7..7 times the scale of its row
+# Characters that mean nothing in HTML or JSON: three of them hold five weights
+ALPHABET = "".join(chr(k) for k in range(32, 127) if chr(k) not in '<"\\')
 FLOOR_AT = [10, 20, 50, 100, 200, 300, 500, 700, 1000]
 
 
@@ -32,34 +34,40 @@ def load_models(folder):
         path = f"{folder}/{name}.pt"
         models[name], _, saved = sample.load_model(path)
         if saved["config"]["dataset"] != "maze":
-            raise gd.UserError(f"{path} is trained on {saved['config']['dataset']}: the page shows "
-                               "the maze")
+            raise gd.UserError(f"{path} is trained on {saved['config']['dataset']}, not a maze")
         if name != "teacher" and saved["about"]["teacher"] != gd.fingerprint(models["teacher"]):
-            raise gd.UserError(f"{path} had another teacher than {folder}/teacher.pt: the page "
-                               "shows a teacher and its own students")
+            raise gd.UserError(f"{path} had another teacher than {folder}/teacher.pt")
     return models, saved["config"]
 
 
 def round_weights(w):
-    """Weights (R, n) as scales (R,), floats of 3 digits, and levels (R, n), long in -44..44."""
-    largest = w.abs().amax(dim=1) / LEVELS
-    scales = [float(f"{value:.3g}") or 1.0 for value in largest.tolist()]
-    levels = (w / w.new_tensor(scales)[:, None]).round().clamp(-LEVELS, LEVELS).long()
-    return scales, levels
+    """Weights (R, n) as scales (R,) of four digits, and levels (R, n), long in -7..7. Of some
+    scales a row gets that of the least squared error."""
+    largest = w.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / LEVELS   # (R, 1)
+    scales = largest * torch.linspace(0.5, 1, 26)               # (R, 26)
+    levels = (w[:, None] / scales[..., None]).round().clamp(-LEVELS, LEVELS)           # (R, 26, n)
+    error = (levels * scales[..., None] - w[:, None]).square().sum(dim=2)
+    scales = scales.gather(1, error.argmin(dim=1, keepdim=True))           # (R, 1)
+    scales = torch.tensor([[float(f"{scale:.4g}")] for scale in scales[:, 0].tolist()])
+    return scales[:, 0], (w / scales).round().clamp(-LEVELS, LEVELS).long()
 
 
 def encode(levels):
-    """Levels as text, a printable character each; none has a meaning in HTML or JSON."""
-    text = "".join(chr(80 + level) for level in levels.flatten().tolist())  # "$" to "|"
-    return text.replace("<", "}").replace("\\", "~")
+    """Levels (n,) as text: five are a number of base 15, three characters one of base 92."""
+    digits = torch.cat([levels + LEVELS, levels.new_zeros(-len(levels) % 5)]).view(-1, 5)
+    numbers = (digits * (2 * LEVELS + 1) ** torch.arange(5)).sum(dim=1)
+    base = len(ALPHABET)
+    return "".join(ALPHABET[n // base**k % base] for n in numbers.tolist() for k in range(3))
 
 
 def pack(model, config):
-    """A model as plain values: its shape, and {name: [scales, text]}; a vector is one row."""
+    """A model as plain values: its shape, and {name: [columns, scales, text]}; a vector is
+    one row."""
     weights = {}
     for name, w in model.state_dict().items():
         scales, levels = round_weights(torch.atleast_2d(w))
-        weights[name] = [scales, encode(levels)]
+        scales = " ".join(f"{1e4 * scale:.4g}" for scale in scales.tolist())
+        weights[name] = [w.size(-1) if w.dim() else 1, scales, encode(levels.flatten())]
     return {"n_layer": config["n_layer"], "n_head": config["n_head"], "weights": weights}
 
 
@@ -75,7 +83,7 @@ def build(folder):
     models, config = load_models(folder)
     paths = gd.shortest_paths()
     content = {
-        "maze": gd.MAZE, "words": gd.Maze.tokenizer["words"], "paths": paths,
+        "alphabet": ALPHABET, "maze": gd.MAZE, "words": gd.Maze.tokenizer["words"], "paths": paths,
         "floor": [[n, round(mean_tv(n, len(paths)), 4)] for n in FLOOR_AT],
         "max_steps": config["max_steps"],
         "models": {name: pack(model, config) for name, model in models.items()},
@@ -85,11 +93,9 @@ def build(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", default=ROOT / "notebooks" / "models" / "maze",
-                        help="of a run of gumbel_distill.py (notebooks/models/maze)")
-    parser.add_argument("--to", default=ROOT / "docs" / "index.html", type=Path,
-                        help="the file to write (docs/index.html)")
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("folder", nargs="?", default=ROOT / "notebooks" / "models" / "maze")
+    parser.add_argument("--to", default=ROOT / "docs" / "index.html", type=Path)
     args = parser.parse_args()
     page = build(args.folder)
     args.to.write_text(page, encoding="utf-8")
