@@ -153,9 +153,10 @@ def main():
         for tests, file, mutants in MUTANTS:
             path = Path(folder) / file
             whole = path.read_text(encoding="utf-8")
-            for name, old, new in mutants:
-                if args.words and not any(word in name for word in args.words):
-                    continue
+            chosen = [mutant for mutant in mutants
+                      if not args.words or any(word in mutant[0] for word in args.words)]
+            assert not chosen or args.suite or not first_red(folder, tests), f"red: {tests}"
+            for name, old, new in chosen:
                 assert old in whole, f"{file} has no {old!r}"
                 path.write_text(whole.replace(old, new), encoding="utf-8")
                 red = first_red(folder, "" if args.suite else tests)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import gumbel_distill as gd
-from conftest import STUDENTS, T, V, tiny_config, tiny_student
+from conftest import STUDENTS, T, V, sharpened, tiny_config, tiny_student
 
 pytestmark = pytest.mark.quick
 
@@ -26,13 +26,13 @@ def noise(n, key=0):
 def test_rotary_attention_sees_distances_but_no_absolute_position():
     net = tiny_student("mdlm").net
     x, pos = torch.randn(2, 4, 16, dtype=torch.float64, generator=gd.rng("x")), torch.arange(4)
-    assert torch.allclose(net(x, pos), net(x, pos + 7))
-    assert not torch.allclose(net(x, pos), net(x, 2 * pos))
+    assert torch.allclose(net(x, pos), net(x, pos + 7), atol=1e-4)         # angles are in float32
+    assert not torch.allclose(net(x, pos), net(x, 2 * pos), atol=1e-2)
 
 
 def test_dropout_acts_on_what_attention_and_mlp_add():
-    layer = gd.Layer(tiny_config(dropout=1.0), causal=False)
-    x, pos = torch.randn(2, 4, 16, generator=gd.rng("x")), torch.arange(4)
+    layer = tiny_student("mdlm", dropout=1.0).net.layers[0]
+    x, pos = torch.randn(2, 4, 16, generator=gd.rng("x"), dtype=torch.float64), torch.arange(4)
     assert layer.train()(x, pos, None).equal(x)
     assert not layer.eval()(x, pos, None).equal(x)
 
@@ -145,8 +145,7 @@ def test_loss_is_the_bound_that_enumeration_gives():
     """V = 3, T = 2, all texts and masks: the NELBO, and the likelihood that it bounds, which is
     that of writing in a random order."""
     torch.manual_seed(0)
-    student = gd.Student(tiny_config(seq_len=2), 3).double()
-    student.net.head.weight.data *= 30
+    student = sharpened(gd.Student(tiny_config(seq_len=2), 3), scale=1.0)
     texts, bounds, likelihood = list(itertools.product(range(3), repeat=2)), [], 0.0
     for a, b in texts:
         both, first, second = (student(torch.tensor([xt])).log_softmax(-1).detach()
@@ -155,7 +154,7 @@ def test_loss_is_the_bound_that_enumeration_gives():
         p = order.exp().mean()
         likelihood += p.item()
         bounds.append(-order.mean())
-        assert bounds[-1] >= -p.log()
+        assert bounds[-1] > -p.log()
     assert likelihood == pytest.approx(1)
     x0 = torch.tensor(texts).repeat(3000, 1)
     t = gd.stratified_times(torch.full((27_000, 1), 0.5)).double()
