@@ -25,6 +25,11 @@ class BlockConfig(Config):
     block_size: int = option(5, "tokens of a block; seq_len must be a multiple", "student")
     nfe: int = option((2, 6, 10), "steps to write a text in, one or more numbers", nargs="+")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seq_len % self.block_size:
+            raise UserError(f"--block-size {self.block_size}: must divide --seq-len {self.seq_len}")
+
 
 # -----------------------------------------------------------------------------
 # Ways to attend, see Transformer
@@ -65,8 +70,6 @@ class BlockStudent(Student):
     def __init__(self, cfg, vocab_size, net=None):
         super().__init__(cfg, vocab_size, net)
         self.block_size = cfg.block_size
-        if cfg.seq_len % cfg.block_size:
-            raise UserError(f"--block-size {cfg.block_size}: must divide --seq-len {cfg.seq_len}")
 
     def forward(self, xt, xi=None):
         """Logits (M, V), as Student.forward, of texts (training) or of one block (sampling)."""

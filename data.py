@@ -28,7 +28,7 @@ UserError = SystemExit              # what a user can mend: Python prints its me
 # --- Settings: what differs from the defaults of gumbel_distill.Config ----------------------------
 CITIES = dict(seq_len=19, lr=2e-3, nfe=(1, 2, 4, 19), n_samples=1000)
 TEXT = dict(seq_len=64, n_head=4, n_embd=128, batch_size=32, lr=2e-3, t_min=0.1,
-            init_from="teacher", nfe=(1, 4, 16, 64), n_samples=200)
+            init_from="teacher", nfe=(1, 4, 16, 64), n_samples=200, block_size=4)
 WEB = dict(TEXT, tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, dropout=0.1, lr=3e-4,
            warmup=2500, ema=0.9999, eval_every=1000, teacher_steps=20_000, max_steps=20_000)
 PRESETS = {

@@ -165,9 +165,8 @@ def posterior_gumbel(logp, x0, generator):
     """Draw noise with which the teacher would have picked x0: parallel extraction (Theorem 4.1).
     With p = exp(logp) and E, E0 ~ Exp(1):   xi[k]  = -log(E[k] + p[k] E0)      for the losers
                                              xi[x0] = -log E0 - log p[x0]       for the winner
-    This is the paper's formula with zeta = -log E, in a form that cannot overflow.
-    For logp (..., V), normalised, and x0 (...) it gives xi (..., V): argmax(logp + xi) == x0 (but
-    for float32 rounding at one of 1e6 positions), and xi is iid Gumbel(0,1) when x0 ~ p.
+    This is the paper's formula with zeta = -log E; it cannot overflow. logp and xi are (..., V), x0
+    is (...). argmax(logp + xi) == x0, up to rounding; xi is iid Gumbel(0,1) when x0 ~ p.
     Official code: utils.py get_posterior_gumbel.   Test: tests/test_gumbel.py"""
     E = sample_exponential(logp.shape, generator, logp.dtype)
     E0 = sample_exponential(x0.shape, generator, logp.dtype)[..., None]    # (..., 1)
@@ -284,8 +283,7 @@ class GumbelStudent(Student):
 
     def embed(self, xt, xi):
         x = self.net.embed(xt)                                  # (B, T, C)
-        is_masked = (xt == self.mask_id)[..., None]             # (B, T, 1)
-        return x.masked_scatter(is_masked, self.read(xi).to(x.dtype))
+        return x.masked_scatter((xt == self.mask_id)[..., None], self.read(xi).to(x.dtype))
 
     def draw(self, logits, u):
         """The best tokens (M,): the noise that was read decides, as it does for the teacher."""
@@ -591,9 +589,11 @@ def evaluate(teacher, models, data, cfg):
 
 def print_table(rows):
     """Rows, dicts with the same keys, as aligned text."""
-    for row in [rows[0].keys()] + [row.values() for row in rows]:
-        cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
-        print("".join(cell.rjust(14) for cell in cells))
+    table = [rows[0].keys()] + [row.values() for row in rows]
+    table = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in table]
+    widths = [2 + max(map(len, column)) for column in zip(*table)]
+    for cells in table:
+        print("".join(map(str.rjust, cells, widths)))
 
 
 def main(students=STUDENTS, config=Config, words=None):

@@ -240,7 +240,7 @@ def config_from(settings, base=gd.Config, **more):
 
 
 def parse(words):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     add = parser.add_argument
     add("--ckpt", nargs="+", default=[], help="checkpoints (the newest student under out/)")
     add("-n", type=int, default=1000, help="number of texts (1000)")
@@ -258,6 +258,7 @@ def parse(words):
 
 def main(words=None):
     args = parse(words)
+    os.makedirs(args.out_dir, exist_ok=True)
     loaded = load_models(args.ckpt, args.device)
     path, (_, _, saved) = next(iter(loaded.items()))
     cfg = config_from(saved["config"], device=args.device)
@@ -305,12 +306,11 @@ def main(words=None):
                 equal = (x == written).double()
                 rows[-1]["agree_token"] = equal.mean().item()
                 rows[-1]["agree_seq"] = equal.prod(dim=1).mean().item()
-    os.makedirs(args.out_dir, exist_ok=True)
     path = f"{args.out_dir}/judged.json"
     with open(path + ".tmp", "w") as f:
         json.dump(rows, f, indent=1)
     os.replace(path + ".tmp", path)                             # whole, or not at all
-    shown = [column for column in COLUMNS if any(column in row for row in rows)]
+    shown = [c for c in COLUMNS if len({str(row[c]) for row in rows if c in row}) > (c in SETTINGS)]
     gd.print_table([{column: row.get(column, "") for column in shown} for row in rows])
     print_fooled(rows)
     print(f"An energy below 0 is an estimate of 0. {path} has standard errors and more scores")

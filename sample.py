@@ -31,6 +31,7 @@ MODELS = {"teacher": gd.Teacher, **gd.STUDENTS, "gumbel-draft": DraftStudent, **
 COLD = 1e-6                         # below this temperature a draw is the argmax
 
 
+@functools.cache                    # each once
 def note(text):
     print(f"note: {text}", file=sys.stderr)
 
@@ -162,8 +163,7 @@ def show(x, tokenizer, dataset):
         pieces = []
         for is_gap, run in itertools.groupby(ids, lambda i: i == tokenizer.vocab_size):
             run = list(run)                                     # tokens may share a character
-            gaps = tokenizer.sep.join("_" * len(run))
-            pieces.append(gaps if is_gap else tokenizer.decode(run))
+            pieces.append(tokenizer.sep.join("_" * len(run)) if is_gap else tokenizer.decode(run))
         text = tokenizer.sep.join(pieces)
         texts.append(text.split(" " + END)[0] if dataset == "cities" else text)
     shown = "\n\n".join(texts)

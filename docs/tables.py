@@ -253,7 +253,7 @@ def show(rows, wanted=None):
 
 
 def main(words=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--train-files", default="", help="the text, as of gumbel_distill.py")
     parser.add_argument("--val-files", default="")
