@@ -41,7 +41,7 @@ def where(name):
 
 def size(n):
     """The number of samples: n, or a few in the tests."""
-    return n // 100 + 8 if "GD_SMALL" in os.environ else n
+    return n // 200 + 4 if "GD_SMALL" in os.environ else n
 
 
 def load_models(*names, of="maze"):
