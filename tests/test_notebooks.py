@@ -16,8 +16,7 @@ classroom = pytest.importorskip("classroom")
 gd = classroom.gd
 classroom.plt.switch_backend("Agg")
 
-# A wrong answer to each exercise. The right ones are in notebooks/solutions.
-WRONG = {
+WRONG = {  # an answer to each exercise; the right ones are in notebooks/solutions
     "1.1": "lambda logp, xi: (logp + 2 * xi).argmax(-1)", "1.2": "0.0", "1.3": "[]",
     "1.4": "lambda one, two, k1, k2: one[:, k1] > -torch.inf",
     "2.1": "(lambda a: a**4 + (1 - a)**4, 0.0)", "2.2": "true_p[0].sum().item()", "2.3": "0.5",
