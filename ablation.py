@@ -107,7 +107,7 @@ def main(words=None):
         raise gd.UserError(f"--init-from {cfg.init_from}: here all students start from scratch")
     cfg.out_dir = f"{cfg.out_dir}/{cfg.seed}"
     os.makedirs(cfg.out_dir, exist_ok=True)
-    lock = FileLock(f"{cfg.out_dir}/.lock")
+    lock = FileLock(f"{cfg.out_dir}/.lock0")
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -207,8 +207,7 @@ def serial_extraction(teacher, xt, xi, *_):
 # --- 4. Student: masked diffusion with alpha_t = 1 - t, without and with the noise ----------------
 def stratified_times(u, t_min=1e-3):
     """Times t (B, 1), one in each of B equal parts of [t_min, 1]; u (B, 1) in [0, 1) says where."""
-    part = torch.arange(len(u), device=u.device)[:, None]       # (B, 1)
-    return t_min + (1 - t_min) * (part + u) / len(u)
+    return t_min + (1 - t_min) * (torch.arange(len(u), device=u.device)[:, None] + u) / len(u)
 
 
 def q_sample(x0, t, mask_id, generator):
@@ -431,14 +430,14 @@ def fingerprint(model):
 
 def resume(path, about, parts):
     """Read a checkpoint, made from what the dict `about` says, into the parts; its step and log."""
-    saved = [None]
-    if RANK == 0 and os.path.exists(path):  # process 0 reads it for all
+    saved = [dict(step=0, log=[], about=about)]
+    if RANK == 0 and os.path.exists(path):
         saved = [torch.load(path, map_location="cpu", weights_only=True)]      # code is refused
-    if WORLD > 1:
+    if WORLD > 1:  # what process 0 has counts for all: its checkpoint, or its settings and data
         dist.broadcast_object_list(saved)
-    saved = saved[0] or dict(step=0, log=[], about=about)
+    saved = saved[0]
     for name in about:
-        there = saved["about"].get(name)
+        there = saved.get("about", {}).get(name)
         if there != about[name]:
             raise UserError(f"{path} has {name} {there}, not {about[name]}; use another --out-dir")
     for name in parts.keys() & saved.keys():
@@ -450,10 +449,9 @@ def train(name, model, data, cfg, n_steps, teacher=None):
     """Train a Teacher or Student, or go on from its checkpoint: bit for bit on a CPU with as many
     threads, as all draws are keyed by the step. Returns the averaged weights, a model."""
     path = f"{cfg.out_dir}/{name}.pt"
-    about = {}                                                  # what the model is made from
-    for field in dataclasses.fields(cfg):
-        if field.metadata["of"] == "all" or field.metadata["of"] == "student" and teacher:
-            about[field.name] = getattr(cfg, field.name)
+    makers = ["all", "student"] if teacher else ["all"]
+    about = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)
+             if field.metadata["of"] in makers}                 # what the model is made from
     about.update(n_steps=n_steps, data=data.fingerprint, start=fingerprint(model))
     about["teacher"] = fingerprint(teacher) if teacher else None
     model.to(cfg.device).train()
@@ -469,8 +467,7 @@ def train(name, model, data, cfg, n_steps, teacher=None):
     bar = tqdm(total=n_steps, initial=step, desc=name, disable=RANK > 0 or None)
     while step < n_steps:
         loss = backward(model, data, cfg, step, teacher)
-        # a rare batch with a huge gradient must not undo what was learned
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)       # a rare huge gradient does no harm
         # linear warm-up, times a cosine that falls from 1 at step 0 to 0 at the end
         warm = min(1, (step + 1) / (cfg.warmup + 1))
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / n_steps)
@@ -539,9 +536,9 @@ class Config:
             kind, value = field.type, getattr(self, field.name)
             if "nargs" in field.metadata["how"]:
                 setattr(self, field.name, [kind(str(one)) for one in value])
-            elif kind is not bool:
-                setattr(self, field.name, kind(str(value)))
-        self.out_dir = self.out_dir.replace("<dataset>", self.dataset)
+            else:
+                setattr(self, field.name, kind(value if kind is bool else str(value)))
+        self.out_dir = self.out_dir.replace("<dataset>", self.dataset) or "."
 
 
 def parse(students, config=Config, words=None):
@@ -566,6 +563,10 @@ def parse(students, config=Config, words=None):
     cfg.students = cfg.students or list(students)
     if not set(cfg.students) <= set(students):
         parser.error(f"--students: choose from {' '.join(students)}")
+    sizes = (cfg.seq_len, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.batch_size, cfg.grad_accum,
+             cfg.eval_every, cfg.n_samples, *cfg.nfe)
+    if min(sizes) < 1 or cfg.dataset == "maze" and cfg.seq_len != 10:
+        parser.error("all sizes and numbers of steps must be 1 or more, --seq-len of the maze 10")
     if cfg.n_embd % (2 * cfg.n_head):                           # rotary positions turn pairs
         parser.error("--n-embd: must be a multiple of twice --n-head")
     if cfg.batch_size % cfg.grad_accum or cfg.grad_accum < WORLD:
@@ -599,7 +600,7 @@ def print_table(rows):
 def main(students=STUDENTS, config=Config, words=None):
     """Train the teacher and the students {name: class}, print a table and texts. words: as argv."""
     cfg = parse(students, config, words)
-    lock = FileLock(f"{cfg.out_dir}/.lock{RANK}")               # makes the folder; dies with us
+    lock = FileLock(f"{cfg.out_dir}/.lock{RANK}", is_singleton=True)       # it dies with us
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -630,10 +631,9 @@ def main(students=STUDENTS, config=Config, words=None):
     print_table(evaluate(teacher, models, data, cfg))
     nfe = cfg.nfe[len(cfg.nfe) // 2]
     for name, model in models.items():
-        x = generate(model, 3, cfg.seq_len, cfg.seed, nfe)
         how = "by argmax" if model.reads_noise else "at temperature 1"
-        print(f"\n{name} writes in {nfe} steps, {how}:\n{data.show(x)}\n\n"
-              f"More: python sample.py --ckpt {cfg.out_dir}/{name}.pt")
+        print(f"\n{name}, {nfe} steps, {how}; more: python sample.py --ckpt {cfg.out_dir}/{name}.pt")
+        print(data.show(generate(model, 3, cfg.seq_len, cfg.seed, nfe)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import gumbel_distill as gd
 from data import Tokenizer, config_of, load_transformers
-from sample import load_models, note, nucleus, settings_of
+from sample import check_ranges, load_models, note, nucleus, settings_of
 
 SETTINGS = ["nfe", "tau", "temperature", "top_p"]
 COLUMNS = ["model", *SETTINGS, "gen_ppl", "entropy", "mauve", "energy", "words", "pairs", "valid",
@@ -253,7 +253,7 @@ def parse(words):
     add("--seed", type=int, default=0, help="seed of all draws (0)")
     add("--device", default=gd.Config.device, help="cpu or cuda")
     add("--out-dir", default="out/judge", help="folder of judged.json (out/judge)")
-    return parser.parse_args(words)
+    return check_ranges(parser.parse_args(words))
 
 
 def main(words=None):

@@ -29,6 +29,7 @@ from drafts import DraftStudent
 MODELS = {"teacher": gd.Teacher, **gd.STUDENTS, "gumbel-draft": DraftStudent, **BLOCK_STUDENTS,
           **COUPLINGS}
 COLD = 1e-6                         # below this temperature a draw is the argmax
+RANGES = ("n", 1, 1e9), ("nfe", 1, 1e9), ("tau", 0, 1e9), ("temperature", 0, 1e9), ("top_p", 0, 1)
 
 
 @functools.cache                    # each once
@@ -73,6 +74,7 @@ def load_newest(device):
 
 def load_models(paths, device="cpu"):
     """{path: load_model} of checkpoints that go together, without a path of the newest one."""
+    paths = {os.path.realpath(path): path for path in paths}.values()      # each file once
     loaded = {path: load_model(path, device) for path in paths} or load_newest(device)
     kinds = []
     for path, (_, _, saved) in loaded.items():
@@ -213,11 +215,16 @@ def parse(words=None):
     add("--seed", type=int, default=0, help="seed of all draws (0)")
     add("--device", default=gd.Config.device, choices={"cpu", gd.Config.device})
     args = parser.parse_args(words)
-    for name, low, high in (("n", 1, 1e9), ("nfe", 1, 1e9), ("tau", 0, 1e9),
-                            ("temperature", 0, 1e9), ("top_p", 0, 1)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise gd.UserError(f"{name} is {value}: give a number from {low} to {high:g}")
+    return check_ranges(args)
+
+
+def check_ranges(args):
+    """The flags, if no number is out of its range: one number, or a list of them."""
+    for name, low, high in RANGES:
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value <= high:
+                raise gd.UserError(f"{name} is {value}: give a number from {low} to {high:g}")
     return args
 
 
@@ -229,8 +236,8 @@ def main(words=None):
     known = prompt_ids(args.prompt, tokenizer, T)
     if dataset == "maze":
         refuse_walls(args.prompt, known)
-    try:
-        out = open(args.out or os.devnull, "w")                 # before the work, not after it
+    try:  # before the work, not after it; the file is whole or not there
+        out = open(args.out + ".tmp" if args.out else os.devnull, "w")
     except OSError as e:
         raise gd.UserError(f"--out {args.out}: {e.strerror}") from e
     films = []                                                  # of each model: texts and steps
@@ -247,6 +254,8 @@ def main(words=None):
             films.append((x, film_steps(model, args.n, how["nfe"], known, args.seed)))
         elif not args.out:
             print(show(x, tokenizer, dataset) + "\n")
+    if args.out:
+        os.replace(out.name, args.out)
     for i in range(args.n if films else 0):
         x, step = (torch.stack(part)[:, i] for part in zip(*films))        # (models, T)
         play(f"text {i}", x, step, tokenizer, dataset)

@@ -81,7 +81,7 @@ def test_the_ablation_trains_what_is_missing_and_writes_what_it_prints(cli, tmp_
 
 
 def test_the_ablation_refuses_before_it_trains(cli, tmp_path):
-    with gd.FileLock(tmp_path / "0" / ".lock"):
+    with gd.FileLock(tmp_path / "0" / ".lock0"):
         for words, said in ((["--only", "laplace"], "laplace"), (["--init-from", "x"], "x"),
                             ([], "another run")):
             status, _, err = cli(ablation.main, *TINY, *words, "--out-dir", tmp_path)

@@ -52,7 +52,7 @@ def test_the_one_file_runs_alone_and_prints_its_table_and_drawings(tmp_path):
     assert [row[:2] for row in rows[start:start + 6]] == [
         ["data", "0"], ["teacher", "10"], ["mdlm", "1"], ["mdlm", "3"], ["gumbel", "1"],
         ["gumbel", "3"]]
-    assert done.stdout.count("writes in 3 steps") == 2
+    assert done.stdout.count(", 3 steps, ") == 2
     saved = {path.stem for path in (tmp_path / "out" / "maze").glob("*.pt")}
     assert saved == {"teacher", "mdlm", "gumbel"}
 
@@ -63,4 +63,4 @@ def test_an_extension_is_a_file_that_one_runs(script, names, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", [script, *TINY, "--out-dir", str(tmp_path)])
     runpy.run_path(str(ROOT / script), run_name="__main__")
     out = capsys.readouterr().out
-    assert all(f"{name} writes in" in out for name in names)
+    assert all(f"{name}, " in out for name in names)

@@ -97,6 +97,6 @@ def test_the_program_trains_them_and_refuses_a_name_it_does_not_know(cli, tmp_pa
     main = functools.partial(gd.main, couplings.COUPLINGS)
     status, said, err = cli(main, *TINY, "--out-dir", tmp_path)
     assert status == 0, err
-    assert all(f"{name} writes in 3 steps, by argmax" in said for name in couplings.COUPLINGS)
+    assert all(f"{name}, 3 steps, by argmax" in said for name in couplings.COUPLINGS)
     status, _, err = cli(main, *TINY, "--students", "laplace", "--out-dir", tmp_path / "a")
     assert status and not (tmp_path / "a").exists()
