@@ -29,6 +29,8 @@ class BlockConfig(Config):
         super().__post_init__()
         if self.seq_len % self.block_size:
             raise UserError(f"--block-size {self.block_size}: must divide --seq-len {self.seq_len}")
+        n_blocks = self.seq_len // self.block_size              # all blocks have equal steps
+        self.nfe = sorted({n_blocks * max(1, nfe // n_blocks) for nfe in self.nfe})
 
 
 # -----------------------------------------------------------------------------
@@ -90,17 +92,18 @@ class BlockStudent(Student):
         times = [t.roll(-(block * B // n_blocks), dims=0) for block in range(n_blocks)]
         t = torch.cat(times, dim=1).repeat_interleave(self.block_size, dim=1)          # (B, T)
         self.x0 = x0
-        loss = super().loss(x0, t, generator, teacher)
-        self.x0 = None
-        return loss
+        try:
+            return super().loss(x0, t, generator, teacher)
+        finally:
+            self.x0 = None
 
     @torch.no_grad()
     def write(self, xt, xi, u, nfe):
         """Texts (B, T), block after block, each in an equal share of nfe, at least one step."""
         T, L = xt.size(1), self.block_size
         xt, self.cache = xt.clone(), BlockCache()
-        for self.start in range(0, T, L):
-            block = slice(self.start, self.start + L)
+        for start in range(0, T, L):
+            self.start, block = start, slice(start, start + L)
             xt[:, block] = denoise(self, xt[:, block], xi[:, block], u[:, :, block],
                                    steps=max(1, nfe * L // T))
             # the block is final: read it once more, into the cache (not counted in nfe)

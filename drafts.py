@@ -30,14 +30,14 @@ class DraftTransformer(Transformer):
     def forward(self, x, pos=None, attend=None):
         if pos is None:
             pos = torch.arange(x.size(1), device=x.device)
-        n_layer = len(self.layers)
-        is_masked = self.is_masked[..., None]                   # (B, T, 1)
+        n_layer, is_masked = len(self.layers), self.is_masked[..., None]   # (B, T, 1)
         for i, layer in enumerate(self.layers):
             if i in (n_layer // 4, n_layer // 2, n_layer * 3 // 4):
                 draft = self.draft(x[self.is_masked])           # (M, C)
                 drafts = torch.zeros_like(x).masked_scatter(is_masked, draft.to(x.dtype))
                 x = x + drafts
             x = layer(x, pos, attend)
+        self.xi = None                                          # V wide: free its memory
         return self.norm(x)
 
     def draft(self, h):

@@ -178,7 +178,7 @@ def posterior_gumbel(logp, x0, generator):
 
 
 class KVCache(dict):
-    """Keys and values of the tokens read so far, by Layer. As `attend` new tokens see them, too."""
+    """Keys and values of tokens that were read, by Layer. As `attend` it shows them to new ones."""
     def __call__(self, layer, q, k, v):
         kv = torch.stack([k, v])                                # (2, B, nh, T, hs)
         if layer in self:
@@ -189,8 +189,8 @@ class KVCache(dict):
 
 @torch.no_grad()
 def serial_extraction(teacher, xt, xi, *_):
-    """Serial extraction: sample the teacher with recorded noise, x_i = argmax(logp_i + xi_i), where
-    xt (B, T) is V; other tokens stay. Fresh xi (B, T, V) gives exact samples. Takes T passes."""
+    """Serial extraction: the teacher fills the places where xt (B, T) is V, one after the other, by
+    argmax(logp_i + xi_i). With fresh xi (B, T, V) the texts are exact samples. Takes T passes."""
     net, cache = teacher.net, KVCache()
     token = torch.full_like(xt[:, 0], teacher.bos_id)           # (B,)
     texts = []
@@ -302,8 +302,8 @@ def sequence_noise(seed, index, seq_len, model):
 
 
 def fill_steps(u, steps):
-    """The step 1..steps that fills each token, of u (B, T): the first with 1 - k / steps <= u. From
-    time t to s it fills a share (t - s) / t of what is masked, as MDLM's ancestral sampler does."""
+    """The step k = 1..steps that fills each token, of u (B, T). Step k goes to s = 1 - k / steps.
+    It fills what is masked and has u >= s: a share (t - s) / t, as MDLM's ancestral sampler."""
     return (steps * (1 - u)).ceil()
 
 
@@ -323,7 +323,7 @@ def denoise(student, xt, xi, u, steps):
     return xt
 
 
-Teacher.write, Student.write = serial_extraction, denoise       # one way to write, for all models
+Teacher.write, Student.write = serial_extraction, denoise       # model.write(xt, xi, u, nfe)
 STUDENTS = {"mdlm": Student, "gumbel": GumbelStudent}
 
 
@@ -379,11 +379,11 @@ class Maze:
         """Texts (n, T) as drawings: o is a cell of the path, | and _ are walls."""
         lines = [""] * 7
         for path in x.tolist():
-            for cell, is_open in enumerate("".join(MAZE)):
-                mark = "o" if cell in [0] + path else " _"[is_open in ">."]
-                lines[cell // 6] += mark + " |"[is_open in "v."]
-            verdict = ["broken", "open", "valid"][(36 in path) + 2 * (path in self.paths.tolist())]
-            lines[6] += verdict.ljust(12)
+            for cell, sign in enumerate("".join(MAZE)):
+                mark = "o" if cell in [0] + path else " _"[sign in ">."]
+                lines[cell // 6] += mark + " |"[sign in "v."]
+            verdict = "open" if 36 in path else "broken"
+            lines[6] += f"{'valid' if path in self.paths.tolist() else verdict:12}"
         return "\n".join(lines)
 
 
@@ -413,7 +413,7 @@ def backward(model, data, cfg, step, teacher):
 
 @torch.no_grad()
 def mean_loss(model, x, cfg, teacher=None):
-    """Mean loss on texts x (N, T), with fixed times, masks and noise."""
+    """Mean loss on texts x (N, T), with fixed times in [0.001, 1], masks and noise."""
     total = 0.0
     for i, x0 in enumerate(x.split(cfg.batch_size // cfg.grad_accum)):
         g = rng("validation", i, device=cfg.device)
@@ -529,7 +529,7 @@ class Config:
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     compile: bool = option(HAS_BF16, "torch.compile")
     out_dir: str = option("out/<dataset>", "folder of this run")
-    load = Maze                                                 # cfg.load() makes the data
+    load = Maze                                                 # data.py has a method load
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # numpy's numbers become plain; 2.5 is no int
@@ -563,10 +563,9 @@ def parse(students, config=Config, words=None):
     cfg.students = cfg.students or list(students)
     if not set(cfg.students) <= set(students):
         parser.error(f"--students: choose from {' '.join(students)}")
-    sizes = (cfg.seq_len, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.batch_size, cfg.grad_accum,
-             cfg.eval_every, cfg.n_samples, *cfg.nfe)
-    if min(sizes) < 1 or cfg.dataset == "maze" and cfg.seq_len != 10:
-        parser.error("all sizes and numbers of steps must be 1 or more, --seq-len of the maze 10")
+    sizes = cfg.seq_len, cfg.n_head, cfg.batch_size, cfg.grad_accum, cfg.eval_every, *cfg.nfe
+    if min(*sizes, cfg.n_samples) < 1 or cfg.dataset == "maze" and cfg.seq_len != 10:
+        parser.error(f"sizes and steps must be 1 or more, --seq-len of the maze 10: {sizes}")
     if cfg.n_embd % (2 * cfg.n_head):                           # rotary positions turn pairs
         parser.error("--n-embd: must be a multiple of twice --n-head")
     if cfg.batch_size % cfg.grad_accum or cfg.grad_accum < WORLD:
@@ -618,11 +617,12 @@ def main(students=STUDENTS, config=Config, words=None):
     for name in cfg.students:
         torch.manual_seed(cfg.seed)
         student = students[name](cfg, data.vocab_size)
-        if cfg.init_from != "scratch":                          # what the start lacks stays new
+        if cfg.init_from != "scratch":  # what the start lacks stays new; [MASK]'s row is its BOS
             start = teacher.state_dict()
             if cfg.init_from != "teacher":
                 start = torch.load(cfg.init_from, map_location="cpu", weights_only=True)["ema"]
-            student.load_state_dict(start, strict=False)
+            if student.load_state_dict(start, strict=False).unexpected_keys == list(start):
+                raise UserError(f"--init-from {cfg.init_from}: it has no weights of {name}")
         models[name] = train(name, student, data, cfg, cfg.max_steps, teacher)
     if WORLD > 1:
         dist.destroy_process_group()
@@ -632,7 +632,7 @@ def main(students=STUDENTS, config=Config, words=None):
     nfe = cfg.nfe[len(cfg.nfe) // 2]
     for name, model in models.items():
         how = "by argmax" if model.reads_noise else "at temperature 1"
-        print(f"\n{name}, {nfe} steps, {how}; more: python sample.py --ckpt {cfg.out_dir}/{name}.pt")
+        print(f"\n{name}, {nfe} steps, {how}: python sample.py --ckpt {cfg.out_dir}/{name}.pt")
         print(data.show(generate(model, 3, cfg.seq_len, cfg.seed, nfe)))
 
 
