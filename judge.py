@@ -109,7 +109,7 @@ def mauve(p, q, seeds=range(25, 30)):
             drawn = p[np.random.default_rng(seed).integers(len(p), size=len(p))]
             scores.append([compute_mauve(p_features=f, q_features=q, seed=seed).mauve
                            for f in (p, drawn)])
-    except Exception as e:  # not installed, or broken: any type
+    except (Exception, SystemExit) as e:  # not installed, or broken: any type
         raise ValueError(f"mauve-text fails ({type(e).__name__}: {e})") from e
     finally:
         os.dup2(stderr, 2)
