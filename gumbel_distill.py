@@ -599,7 +599,7 @@ def print_table(rows):
 def main(students=STUDENTS, config=Config, words=None):
     """Train the teacher and the students {name: class}, print a table and texts. words: as argv."""
     cfg = parse(students, config, words)
-    lock = FileLock(f"{cfg.out_dir}/.lock{RANK}", is_singleton=True)       # it dies with us
+    lock = FileLock(f"{cfg.out_dir}/.lock{RANK}", is_singleton=True)     # ends with the process
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -608,7 +608,7 @@ def main(students=STUDENTS, config=Config, words=None):
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    torch.backends.cuda.matmul.allow_tf32 = True                # precise enough for labels
+    torch.backends.cuda.matmul.allow_tf32 = True                # TF32 is enough for labels
     data = cfg.load()
     torch.manual_seed(cfg.seed)
     teacher = Teacher(cfg, data.vocab_size, data.bos_id, data.pretrained)
