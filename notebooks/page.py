@@ -22,7 +22,8 @@ import sample  # noqa: E402
 
 MODELS = ["teacher", "mdlm", "gumbel", "gumbel-draft"]
 LEVELS = 7                      # a weight is one of -7..7 times the scale of its row
-# Characters that mean nothing in HTML or JSON: three of them hold five weights
+UNIT = 1e-6                     # a scale is a whole number of these
+# Characters that mean nothing in HTML or JSON: three of them hold a scale, or five weights
 ALPHABET = "".join(chr(k) for k in range(32, 127) if chr(k) not in '<"\\')
 FLOOR_AT = [10, 20, 50, 100, 200, 300, 500, 700, 1000]
 
@@ -41,33 +42,34 @@ def load_models(folder):
 
 
 def round_weights(w):
-    """Weights (R, n) as scales (R,) of four digits, and levels (R, n), long in -7..7. Of some
-    scales a row gets that of the least squared error."""
+    """Weights (R, n) as scales (R,), whole numbers of UNIT, and levels (R, n), long in -7..7. Of
+    some scales a row gets that of the least squared error."""
     largest = w.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / LEVELS   # (R, 1)
     scales = largest * torch.linspace(0.5, 1, 26)               # (R, 26)
     levels = (w[:, None] / scales[..., None]).round().clamp(-LEVELS, LEVELS)           # (R, 26, n)
     error = (levels * scales[..., None] - w[:, None]).square().sum(dim=2)
     scales = scales.gather(1, error.argmin(dim=1, keepdim=True))           # (R, 1)
-    scales = torch.tensor([[float(f"{scale:.4g}")] for scale in scales[:, 0].tolist()])
+    scales = (scales / UNIT).round().clamp(min=1) * UNIT
     return scales[:, 0], (w / scales).round().clamp(-LEVELS, LEVELS).long()
 
 
-def encode(levels):
-    """Levels (n,) as text: five are a number of base 15, three characters one of base 92."""
-    digits = torch.cat([levels + LEVELS, levels.new_zeros(-len(levels) % 5)]).view(-1, 5)
-    numbers = (digits * (2 * LEVELS + 1) ** torch.arange(5)).sum(dim=1)
+def encode(numbers):
+    """Whole numbers (n,) below 92^3 as text: three characters each."""
     base = len(ALPHABET)
+    assert numbers.max() < base**3
     return "".join(ALPHABET[n // base**k % base] for n in numbers.tolist() for k in range(3))
 
 
 def pack(model, config):
-    """A model as plain values: its shape, and {name: [columns, scales, text]}; a vector is
-    one row."""
+    """A model as plain values: its shape, and {name: [rows, columns, text]}. The text holds the
+    scales of the rows, then all levels, five as one number of base 15. A vector is one row."""
     weights = {}
     for name, w in model.state_dict().items():
         scales, levels = round_weights(torch.atleast_2d(w))
-        scales = " ".join(f"{1e4 * scale:.4g}" for scale in scales.tolist())
-        weights[name] = [w.size(-1) if w.dim() else 1, scales, encode(levels.flatten())]
+        digits = torch.nn.functional.pad(levels.flatten() + LEVELS, (0, -levels.numel() % 5))
+        fives = (digits.view(-1, 5) * (2 * LEVELS + 1) ** torch.arange(5)).sum(dim=1)
+        text = encode((scales / UNIT).round().long()) + encode(fives)
+        weights[name] = [*levels.shape, text]
     return {"n_layer": config["n_layer"], "n_head": config["n_head"], "weights": weights}
 
 
