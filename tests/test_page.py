@@ -272,3 +272,63 @@ def test_a_click_changes_the_noise_of_one_position_and_the_teacher_follows(brows
     cell = next(cell for cell in (7, 20, 34) if cell not in browser.js("answers.teacher.path"))
     browser.click(f".model:nth-child(1) .cells button:nth-child({cell + 1})")
     assert browser.js(f"answers.teacher.path[{cell // 6 + cell % 6 - 1}]") == cell
+
+
+def test_the_tally_counts_turns_with_the_teacher_and_a_setting_resets_it(browser, html):
+    browser.open(html)
+    read = "({...tally, paths: MODELS.map(name => answers[name].path.join())})"
+    turned, with_it, old = 0, dict.fromkeys(STUDENTS, 0), browser.js(read)
+    for k in range(12):
+        browser.click(f"#strip button:nth-child({k % T + 1})")
+        new = browser.js(read)
+        is_turn = new["paths"][0] != old["paths"][0]
+        turned += is_turn
+        for name, path in zip(STUDENTS, new["paths"][1:]):
+            with_it[name] += is_turn and path == new["paths"][0]
+        assert (new["clicks"], new["turned"], new["with_it"]) == (k + 1, turned, with_it)
+        assert browser.js("$('strip').querySelectorAll('.changed').length") == 1
+        last, old = old, new
+    assert turned and f"the teacher turned {turned}" in browser.js("$('tally').textContent")
+    browser.click("#undo")
+    assert browser.js(read) == last
+    browser.js("$('steps').value = 3; $('steps').oninput()")
+    browser.click("#undo")
+    assert browser.js("tally.clicks") == 0
+
+
+@pytest.mark.parametrize("width", [390, 820])
+def test_headings_are_level_cells_fit_fingers_and_buttons_are_above(browser, html, width):
+    browser.open(html, width)
+    box = "(query => [...document.querySelectorAll(query)].map(e => e.getBoundingClientRect()))"
+    tops = browser.js(f"['.model h2', '.model .maze'].map(s => {box}(s).map(r => r.top))")
+    tops = [top[int(width == 390):] for top in tops]            # a phone shows one above three
+    assert all(max(top) - min(top) < 1 for top in tops), tops
+    assert browser.js(f"{box}('#new, #undo, #film').every(r => r.bottom < {box}('#mazes')[0].top)")
+    if width == 390:
+        browser.click(".model:nth-child(4) .enlarge")
+        assert browser.js(f"{box}('.large .cells button').filter(r => r.width >= 40).length") == V
+
+
+@pytest.mark.parametrize("typed", ["", "-3", "2.5", "seven", "123456789"])
+def test_a_bad_noise_number_changes_nothing_and_is_named(browser, html, typed):
+    browser.open(html)
+    give = "$('seed').value = {!r}; $('seed').dispatchEvent(new Event('change'))"
+    read = "[seed, noise.xi.map(row => [...row]), past.length]"
+    before = browser.js(read)
+    browser.js(give.format(typed))
+    told = browser.js("!$('wrong').hidden && $('wrong').textContent") or []
+    assert browser.js(read) == before and typed in told
+    assert browser.js(give.format("7") + "; [seed, $('wrong').hidden]") == [7, True]
+
+
+def test_counting_makes_200_texts_lets_the_page_answer_and_goes_on(browser, html):
+    browser.open(html)
+    browser.click("#count")
+    browser.click("#new")                                       # answered before the count ends
+    assert browser.js("seed === 2 && counting && runs[0].texts < 200")
+    wait = "new Promise(r => setInterval(() => counting || r(runs[0].texts), 20))"
+    assert browser.js(wait) == 200
+    browser.click("#more")
+    browser.js("new Promise(r => setTimeout(r, 100))")
+    browser.click("#count")                                     # Stop
+    assert 200 < browser.js(wait) < 1000 and len(browser.js("runs")) == 1
