@@ -29,7 +29,7 @@ STRING, COMMENT = r'"""[\s\S]*?"""|f?"(?:\\.|[^"\\\n])*"', "#.*"
 COLORED = re.compile(rf"(?P<s>{STRING})|(?P<c>{COMMENT})|(?P<k>\b(?:{'|'.join(keyword.kwlist)})\b)")
 
 # --- Formulas: some TeX as MathML -----------------------------------------------------------------
-LETTERS = dict(xi="ξ", zeta="ζ", theta="θ", alpha="α", tau="τ", mu="μ")
+LETTERS = dict(xi="ξ", zeta="ζ", theta="θ", alpha="α", tau="τ", mu="μ", mean="𝔼")
 SIGNS = dict(sim="∼", approx="≈", le="≤", ge="≥", lt="<", gt=">", ne="≠", cdot="·", mid="∣", dots="…",
              **{"in": "∈", "-": "−"}, notin="∉", sum="∑", prod="∏", prime="′")
 FUNCTIONS = ["log", "min", "argmax", "softmax", "Exp", "Gumbel"]
@@ -52,7 +52,8 @@ def row(tokens):
     while tokens and tokens[-1] != "}":
         name, item, scripts = tokens[-1].lstrip("\\"), atom(tokens), {}
         while tokens and tokens[-1] in "_^":
-            scripts[tokens.pop()] = atom(tokens)
+            kind = tokens.pop()
+            scripts[kind] = atom(tokens)
         if scripts:
             below, above = ("under", "over") if name in ("sum", "prod", "argmax") else ("sub", "sup")
             tag = "m" + below * ("_" in scripts) + above * ("^" in scripts)
@@ -81,7 +82,7 @@ def atom(tokens):
         return f"<mn>{name}</mn>"
     if name in LETTERS or name in FUNCTIONS or len(name) == 1 and name.isalpha():
         return f"<mi>{LETTERS.get(name, name)}</mi>"
-    return f"<mo>{html.escape(SIGNS.get(name, name))}</mo>"
+    return f'<mo stretchy="false">{html.escape(SIGNS.get(name, name))}</mo>'
 
 
 # --- Code and words -------------------------------------------------------------------------------
@@ -156,8 +157,8 @@ def build(source, notes):
 
     contents = ""
     for anchor, title, names in parts:
-        contents += f'<dt><a href="#{anchor}">{title}</a>' * bool(anchor)
-        contents += "".join(f'<dd><a href="#{name}">{name}</a>' for name in names.split())
+        contents += f'\n<dt><a href="#{anchor}">{title}</a>' * bool(anchor)
+        contents += "".join(f'\n<dd><a href="#{name}">{name}</a>' for name in names.split())
     page = words(notes, shown).replace("{{contents}}", contents)
     return re.sub(r'<article code="(.*?)">(.*?)</article>', article, page, flags=re.S)
 
