@@ -20,3 +20,4 @@ answer = set()
 # used. So the inequality holds for every construction that picks the given tokens, for A, too: it
 # proves that the tokens are right, and nothing about the distribution.
 answer = lambda one, two, k1, k2: one[:, k1] + two[:, k2] > one[:, k2] + two[:, k1]
+print("holds for the noise of A:", answer(lifted(g, x=0), lifted(g, x=3), 0, 3).all().item())
