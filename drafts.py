@@ -5,9 +5,7 @@
 Not in the paper. Noise and probabilities decide a token together: argmax(logp + xi). The paper's
 student sees the noise alone. This one guesses logp with its own output layer and adds the noise.
 The layers above read the tokens that win, so they can make the tokens of a text agree. Only the
-network differs: loss and sampler are those of gumbel_distill.py.
-
-To make a student of your own, copy this file.
+network differs. To make a student of your own, copy this file.
 """
 
 import torch
@@ -22,23 +20,26 @@ DRAFT_TOKENS = 8                    # a draft mixes the embeddings of that many 
 class DraftTransformer(Transformer):
     """A Transformer that adds a draft at the masked positions, before three of its layers.
     Its attributes is_masked (B, T) and xi (M, V) say what is masked, and the noise there."""
+    causal = False
 
     def __init__(self, cfg, vocab_size):
-        super().__init__(cfg, vocab_size, causal=False)
+        super().__init__(cfg, vocab_size, self.causal)
         self.scale = nn.Parameter(torch.ones(()))               # s
 
     def forward(self, x, pos=None, attend=None):
-        if pos is None:
-            pos = torch.arange(x.size(1), device=x.device)
+        pos = torch.arange(x.size(1), device=x.device) if pos is None else pos
         n_layer, is_masked = len(self.layers), self.is_masked[..., None]   # (B, T, 1)
         for i, layer in enumerate(self.layers):
             if i in (n_layer // 4, n_layer // 2, n_layer * 3 // 4):
                 draft = self.draft(x[self.is_masked])           # (M, C)
                 drafts = torch.zeros_like(x).masked_scatter(is_masked, draft.to(x.dtype))
-                x = x + drafts
+                x = x + self.place(drafts)
             x = layer(x, pos, attend)
         self.xi = None                                          # V wide: free its memory
         return self.norm(x)
+
+    def place(self, drafts):
+        return drafts                                           # (B, T, C), each where it was made
 
     def draft(self, h):
         """softmax(s (logits + xi)) of the k best tokens times their embeddings: a soft form of the

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import blocks
+import causal
 import gumbel_distill as gd
 from conftest import STUDENTS, T, V, sharpened, tiny_config, tiny_student
 
@@ -16,7 +17,7 @@ PLAIN = dict(zip(NAMES, STUDENTS))      # the same student without blocks
 def block_student(name="bd3lm-draft", block_size=2):
     torch.manual_seed(0)
     cfg = tiny_config(blocks.BlockConfig, block_size=block_size)
-    return sharpened(blocks.BLOCK_STUDENTS[name](cfg, V))
+    return sharpened(causal.CAUSAL_STUDENTS[name](cfg, V))
 
 
 def training_logits(student, xt, xi, x0):
@@ -76,7 +77,7 @@ def test_one_block_of_the_whole_length_is_the_student_without_blocks(name, teach
     assert gd.generate(plain, 30, T, nfe=3).equal(gd.generate(in_blocks, 30, T, nfe=3))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", causal.CAUSAL_STUDENTS)
 def test_each_block_is_masked_and_weighted_by_a_time_of_its_own(name, teacher):
     """The times of each block are those of the batch, in another order: stratified, too."""
     student, g = block_student(name), gd.rng(1)
@@ -111,7 +112,7 @@ def written(student, nfe, xt):
     return text, calls
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", causal.CAUSAL_STUDENTS)
 @pytest.mark.parametrize("block_size, nfe", [(1, 6), (2, 6), (3, 2), (3, 4), (6, 4)])
 def test_each_step_of_the_cached_sampler_equals_the_training_pass(name, block_size, nfe):
     """With known tokens, which stay."""
@@ -136,3 +137,25 @@ def test_the_calls_for_a_text_are_shared_out_evenly_among_its_blocks(block_size,
     assert len(starts) == calls
     assert {starts.count(start) for start in starts} == {calls * block_size // T}
     assert sorted(set(starts)) == list(range(0, T, block_size))
+
+
+# -----------------------------------------------------------------------------
+# Causal drafts
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_causal_student_with_its_teachers_weights_begins_each_block_as_the_teacher(size, teacher):
+    """Its first token in a block is the teacher's with the same noise, whatever was written before;
+    so with blocks of one it writes the teacher's texts. Noise is read from the left only."""
+    student = block_student("bd3lm-causal", size)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    torch.nn.init.zeros_(student.embed_pos.weight)
+    xt, (xi, u) = torch.full((30, T), V), gd.sequence_noise(1, torch.arange(30), T, teacher)
+    text = student.write(xt, xi, u, 1)
+    for start in range(0, T, size):
+        known = torch.where(torch.arange(T) < start, text, V)
+        assert gd.serial_extraction(teacher, known, xi)[:, start].equal(text[:, start])
+    for i in range(T):
+        other = xi.clone()
+        other[:, i] = gd.sample_gumbel((30, V), gd.rng(2), torch.float64)
+        is_new = student.write(xt, other, u, 1) != text
+        assert not is_new[:, :i].any() and is_new[:, i].any()
+        assert is_new[:, i + 1:].any() or i == T - 1
