@@ -30,20 +30,20 @@ COLORED = re.compile(rf"(?P<s>{STRING})|(?P<c>{COMMENT})|(?P<k>\b(?:{'|'.join(ke
 
 # --- Formulas: some TeX as MathML -----------------------------------------------------------------
 LETTERS = dict(xi="ξ", zeta="ζ", theta="θ", alpha="α", tau="τ", mu="μ", mean="𝔼")
-SIGNS = dict(sim="∼", approx="≈", le="≤", ge="≥", lt="<", gt=">", ne="≠", cdot="·", mid="∣", dots="…",
-             **{"in": "∈", "-": "−"}, notin="∉", sum="∑", prod="∏", prime="′")
-FUNCTIONS = ["log", "min", "argmax", "softmax", "Exp", "Gumbel"]
+SIGNS = {"sim": "∼", "approx": "≈", "ge": "≥", "lt": "<", "gt": ">", "ne": "≠", "cdot": "·",
+         "mid": "∣", "dots": "…", "in": "∈", "notin": "∉", "sum": "∑", "prod": "∏", "-": "−"}
+SCRIPTS = {"_": "msub", "^": "msup", "_^": "msubsup"}
+BIG = ["sum", "prod", "argmax"]             # what is below stands under these
+FUNCTIONS = ["log", "min", "argmax", "softmax", "Exp", "Gumbel", "mean"]
 
 
 def formula(tex):
     """A formula as MathML. Its lines end with \\\\, and their columns are parted by &."""
-    tex = tex.replace("'", r"^{\prime}")
-    table = [[row(re.findall(r"\\text\{.*?\}|\\[A-Za-z]+|\d[\d.]*|\\?\S", cell)[::-1])
-              for cell in line.split("&")] for line in tex.split(r"\\")]
-    if len(table) == len(table[0]) == 1:
-        return table[0][0]
-    lines = ["".join(f"<mtd>{cell}</mtd>" for cell in cells) for cells in table]
-    return "<mtable>" + "".join(f"<mtr>{line}</mtr>" for line in lines) + "</mtable>"
+    if "&" in tex:
+        lines = [line.split("&") for line in tex.split(r"\\")]
+        cells = [[f"<mtd>{formula(cell)}</mtd>" for cell in line] for line in lines]
+        return f"<mtable>{''.join(f'<mtr>{cell}</mtr>' for cell in map(''.join, cells))}</mtable>"
+    return row(re.findall(r"\\text\{.*?\}|\\?[A-Za-z]+|\d[\d.]*|\S", tex)[::-1])
 
 
 def row(tokens):
@@ -55,9 +55,9 @@ def row(tokens):
             kind = tokens.pop()
             scripts[kind] = atom(tokens)
         if scripts:
-            below, above = ("under", "over") if name in ("sum", "prod", "argmax") else ("sub", "sup")
-            tag = "m" + below * ("_" in scripts) + above * ("^" in scripts)
-            item = f"<{tag}>{item}{scripts.get('_', '')}{scripts.get('^', '')}</{tag}>"
+            kind = "".join(sorted(scripts, reverse=True))       # _ before ^
+            tag = "munder" if name in BIG else SCRIPTS[kind]
+            item = f"<{tag}>{item}{''.join(scripts[k] for k in kind)}</{tag}>"
         items.append(item)
         if name in FUNCTIONS and tokens and (scripts or tokens[-1] != "("):
             items.append('<mspace width="0.17em"/>')
@@ -80,9 +80,9 @@ def atom(tokens):
         return f"<mtext>{name[5:-1].replace(' ', chr(160))}</mtext>"
     if name[0].isdigit():
         return f"<mn>{name}</mn>"
-    if name in LETTERS or name in FUNCTIONS or len(name) == 1 and name.isalpha():
-        return f"<mi>{LETTERS.get(name, name)}</mi>"
-    return f'<mo stretchy="false">{html.escape(SIGNS.get(name, name))}</mo>'
+    if name in SIGNS or not name.isalpha():
+        return f'<mo stretchy="false">{html.escape(SIGNS.get(name, name))}</mo>'
+    return f"<mi>{LETTERS.get(name, name)}</mi>"
 
 
 # --- Code and words -------------------------------------------------------------------------------
@@ -96,81 +96,77 @@ def find_places(body, prefix=""):
         if isinstance(node, ast.ClassDef):
             places |= find_places(node.body, node.name + ".")
         for target in getattr(node, "targets", []):
-            places |= {prefix + ast.unparse(one): lines for one in getattr(target, "elts", [target])}
+            targets = getattr(target, "elts", [target])
+            places |= {prefix + ast.unparse(one): lines for one in targets}
     return places
 
 
-def colored_lines(source):
-    """The lines of a program in HTML; line 1 has index 1."""
-    def color(match):
-        parts = match[0].split("\n")                            # a color ends with its line
-        return "\n".join(f'<span class="{match.lastgroup}">{part}</span>' for part in parts)
-    return ["", *COLORED.sub(color, html.escape(source, quote=False)).split("\n")]
+def color(match):
+    """A comment, string or keyword in its color, which ends with each line."""
+    parts = match[0].split("\n")
+    return "\n".join(f'<span class="{match.lastgroup}">{part}</span>' for part in parts)
 
 
-def listing(name, places, shown, code):
-    """The lines of a name, without those of its methods that stand with another note."""
-    lines, text = places[name], ""
-    hidden = {i for other in shown if other.startswith(name + ".") for i in places[other]}
-    for i in lines:
-        if i not in hidden:
-            text += f'<i data-n="{i}"></i>{code[i]}\n'
-        elif i - 1 not in hidden:
-            text += '<i data-n="⋮"></i>\n'
-    where = f"lines {lines[0]} to {lines[-1]}" if len(lines) > 1 else f"line {lines[0]}"
-    link = f'<a href="../gumbel_distill.py#L{lines[0]}"><code>{name}</code> {where}</a>'
-    return f'<section id="{name}">{link}<pre tabindex="0">{text}</pre></section>'
-
-
-def words(notes, shown):
-    """The notes with their formulas, settings and names set."""
-    def math(match):
-        display = ' display="block"' * match[0].startswith("$$")
-        return f"<math{display}>{formula(match[1] or match[2])}</math>"
-
+def words(notes, names):
+    """The notes with their settings, formulas and names set."""
     def setting(match):
         value = getattr(CONFIGS[match[1]], match[2])
-        values = value if isinstance(value, tuple) else [value]
-        return ", ".join(f"{one:,}" if isinstance(one, int) else str(one) for one in values)
+        return f"{value:,}" if isinstance(value, int) else str(value).strip("()")
+
+    def math(match):
+        display = ' display="block"' * match[0].startswith("$$")
+        return f"<math{display}>{formula(match[0].strip('$'))}</math>"
 
     def name(match):
         text = f"<code>{match[1]}</code>"
-        return f'<a href="#{match[1]}">{text}</a>' if match[1] in shown else text
+        return f'<a href="#{match[1]}">{text}</a>' if match[1] in names else text
 
     notes = re.sub(r"\{\{(maze|lm1b)\.(\w+)\}\}", setting, notes)
-    notes = re.sub(r"\$\$([^$]+)\$\$|\$([^$]+)\$", math, notes)
+    notes = re.sub(r"\$\$?[^$]+\$\$?", math, notes)
     return re.sub(r"`([^`]+)`", name, notes)
 
 
 def build(source, notes):
     """The page, of the texts of gumbel_distill.py and of the notes."""
+    places = find_places(ast.parse(source).body)
+    code = COLORED.sub(color, html.escape(source, quote=False)).split("\n")
     parts = re.findall(r'<h2 id="(.*?)">(.*?)</h2>|<article code="(.*?)">', notes)
-    shown = " ".join(names for _, _, names in parts).split()
-    places, code = find_places(ast.parse(source).body), colored_lines(source)
-    gone = [name for name in shown if name not in places]
+    names = " ".join(part[2] for part in parts).split()
+    gone = [name for name in names if name not in places]
     if gone:
-        raise SystemExit(f"gumbel_distill.py has no {', '.join(gone)}: mend docs/reading.notes.html")
+        raise SystemExit(f"docs/reading.notes.html: gumbel_distill.py has no {', '.join(gone)}")
+
+    def listing(name):
+        lines, text, before = places[name], "", True
+        methods = {i for other in names if other.startswith(name + ".") for i in places[other]}
+        for i in lines:
+            here = i not in methods and (code[i - 1] or not {i - 1, i + 1} & methods)
+            if here:
+                text += f'<i data-n="{i}"></i>{code[i - 1]}\n'
+            elif before:                                        # methods that stand elsewhere
+                text += '<i data-n="…"></i>\n'
+            before = here
+        where = f"lines {lines[0]} to {lines[-1]}" if len(lines) > 1 else f"line {lines[0]}"
+        link = f'<a href="../gumbel_distill.py#L{lines[0]}"><code>{name}</code> {where}</a>'
+        return f'{link}<pre tabindex="0">{text}</pre>'
 
     def article(match):
-        listings = [listing(name, places, shown, code) for name in match[1].split()]
-        return f'<article><div class="note">{match[2]}</div><div>{"".join(listings)}</div></article>'
+        first, *others = match[1].split()
+        text = f'<article id="{first}"><div class="note">{match[2]}</div><div>'
+        text += f"<section>{listing(first)}</section>"
+        text += "".join(f'<section id="{name}">{listing(name)}</section>' for name in others)
+        return text + "</div></article>"
 
     contents = ""
-    for anchor, title, names in parts:
+    for anchor, title, own in parts:
         contents += f'\n<dt><a href="#{anchor}">{title}</a>' * bool(anchor)
-        contents += "".join(f'\n<dd><a href="#{name}">{name}</a>' for name in names.split())
-    page = words(notes, shown).replace("{{contents}}", contents)
+        contents += "".join(f'\n<dd><a href="#{name}">{name}</a>' for name in own.split())
+    page = words(notes, names).replace("{{contents}}", contents)
     return re.sub(r'<article code="(.*?)">(.*?)</article>', article, page, flags=re.S)
 
 
-def main():
-    source = (ROOT / "gumbel_distill.py").read_text(encoding="utf-8")
-    notes = (ROOT / "docs" / "reading.notes.html").read_text(encoding="utf-8")
-    page = build(source, notes)
-    path = ROOT / "docs" / "reading.html"
-    path.write_text(page, encoding="utf-8")
-    print(f"{path}: {len(page.encode()) / 1000:.0f} kB")
-
-
 if __name__ == "__main__":
-    main()
+    page = build((ROOT / "gumbel_distill.py").read_text(encoding="utf-8"),
+                 (ROOT / "docs" / "reading.notes.html").read_text(encoding="utf-8"))
+    (ROOT / "docs" / "reading.html").write_text(page, encoding="utf-8")
+    print(f"docs/reading.html: {len(page.encode()) / 1000:.0f} kB")
