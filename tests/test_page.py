@@ -276,19 +276,18 @@ def test_a_click_changes_the_noise_of_one_position_and_the_teacher_follows(brows
 
 def test_the_tally_counts_turns_with_the_teacher_and_a_setting_resets_it(browser, html):
     browser.open(html)
-    read = "({...tally, paths: MODELS.map(name => answers[name].path.join())})"
-    turned, with_it, old = 0, dict.fromkeys(STUDENTS, 0), browser.js(read)
+    browser.js("const real = write; write = (name, ...given) => "   # ours becomes a perfect student
+               "real(name === 'gumbel-draft' ? 'teacher' : name, ...given); answer()")
+    read = "({...tally, path: answers.teacher.path, ours: tally.with_it['gumbel-draft']})"
+    turned, old = 0, browser.js(read)
     for k in range(12):
         browser.click(f"#strip button:nth-child({k % T + 1})")
         new = browser.js(read)
-        is_turn = new["paths"][0] != old["paths"][0]
-        turned += is_turn
-        for name, path in zip(STUDENTS, new["paths"][1:]):
-            with_it[name] += is_turn and path == new["paths"][0]
-        assert (new["clicks"], new["turned"], new["with_it"]) == (k + 1, turned, with_it)
+        turned += new["path"] != old["path"]
+        assert (new["clicks"], new["turned"], new["ours"]) == (k + 1, turned, turned)
         assert browser.js("$('strip').querySelectorAll('.changed').length") == 1
         last, old = old, new
-    assert turned and f"the teacher turned {turned}" in browser.js("$('tally').textContent")
+    assert 0 < turned < 12 and f"turned {turned}." in browser.js("$('tally').textContent")
     browser.click("#undo")
     assert browser.js(read) == last
     browser.js("$('steps').value = 3; $('steps').oninput()")
