@@ -115,13 +115,13 @@ def write_gif(models, n, nfe, path):
 
 # -----------------------------------------------------------------------------
 # Curves
-def curve(axis, rows, column, ylabel):
-    """A column of rows against the number of steps, one line per model."""
+def curve(axis, rows, column, ylabel, against="nfe"):
+    """A column of rows against another, the number of steps of a text, one line per model."""
     for model, (color, marker, ls, name) in STYLE.items():
-        points = [(row["nfe"], row[column]) for row in rows if row["model"] == model]
+        points = [(row[against], row[column]) for row in rows if row["model"] == model]
         if points:
             axis.plot(*zip(*sorted(points)), color=color, marker=marker, ls=ls, lw=2, label=name)
-    ticks = sorted({row["nfe"] for row in rows})
+    ticks = sorted({row[against] for row in rows})
     axis.set_xscale("log")
     axis.set_xticks(ticks, ticks)
     axis.minorticks_off()
@@ -139,23 +139,6 @@ def hero(rows):
         axis.set_ylim(0, 1.04)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
-
-
-def draw_training(saved):
-    """Validation loss against the step, of checkpoints {name: dict}: a mark for each entry of its
-    log, and a line for the first steps of a second training."""
-    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-    for name, checkpoint in saved.items():
-        color, marker, _, title = STYLE[name]
-        steps, _, val = zip(*checkpoint["first_log"])
-        axis.plot(steps, val, color=color)
-        steps, _, val = zip(*checkpoint["log"])
-        axis.plot(steps, val, color=color, marker=marker, ls="", label=title)
-    axis.set(xlabel="step", ylabel="validation loss,\nnats per token", xscale="log", ylim=(0, 1.5))
-    axis.set_xticks((10, 30, 100, 300, 1000), (10, 30, 100, 300, 1000))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return axis
 
 
 # -----------------------------------------------------------------------------

@@ -17,10 +17,12 @@ gd = classroom.gd
 classroom.plt.switch_backend("Agg")
 
 WRONG = {  # an answer to each exercise; the right ones are in notebooks/solutions
-    "1.1": "lambda logp, xi: (logp + 2 * xi).argmax(-1)", "1.2": "0.0", "1.3": "[]",
+    "1.1": "lambda logp, xi: (2 * logp).softmax(-1).multinomial(len(xi), True)", "1.2": "0.0",
+    "1.3": "[]",
     "1.4": "lambda one, two, k1, k2: one[:, k1] > -torch.inf",
     "2.1": "(lambda a: a**4 + (1 - a)**4, 0.0)", "2.2": "true_p[0].sum().item()", "2.3": "0.5",
-    "3.1": "'t'", "3.2": "5", "3.3": "lambda tau: 51",
+    "3.1": "'t'", "3.2": "lambda logits, x0, xt, t: F.cross_entropy(logits, x0[xt == MASK])",
+    "3.3": "lambda tau: 51",
     "3.4": "(alone.double().mean() / rounds.double().mean()).item()",
     "4.1": "4", "4.2": "'nothing'", "4.3": "lambda rows, *_: rows[0]['nll']",
     "5.1": "[0, 1, 2]", "5.2": "lambda a: 1 + sum(a)", "5.3": "(0.5, 0.5)", "5.4": "{1}",
@@ -75,7 +77,8 @@ def test_a_class_gets_chapters_without_answers_whose_links_and_imports_work(tmp_
     folder = classroom.hand_out(tmp_path / "class")
     chapters = sorted(folder.glob("*.ipynb"))
     assert [path.name for path in chapters] == [path.name for path in classroom.CHAPTERS]
-    assert not list(folder.rglob("solutions"))
+    assert not list(folder.rglob("solutions")) and not (folder / "page.py").exists()
+    assert [path.parent for path in folder.parent.rglob("*.md")] == [folder.parent]    # no tables
     for path, whole in zip(chapters, classroom.CHAPTERS):
         text = "\n".join(cell["source"] for cell in cells_of(path, "markdown"))
         assert not any(cell["outputs"] or cell["execution_count"] for cell in cells_of(path))

@@ -5,9 +5,12 @@
 # and t is drawn before.
 answer = "xi"
 
-# Exercise 3.2. Cell i of the teacher is argmax(logp_i + xi_i), and logp_i depends on the cells
-# before it. By induction the noise of the cells 1 to i decides the cells 1 to i.
-answer = 4
+# Exercise 3.2. The M logits belong to the masked tokens, row by row. So must the targets and the
+# times. The sum is divided by all B T tokens, not by M: 1/t makes up for the tokens left out.
+def answer(logits, x0, xt, t):
+    is_masked = xt == gd.Maze.vocab_size                        # (B, T) bool
+    nll = F.cross_entropy(logits, x0[is_masked], reduction="none")         # (M,)
+    return (nll / t.expand_as(x0)[is_masked]).sum() / x0.numel()
 
 # Exercise 3.3. At tau = 0 all noise is 0. Then all texts are the same text.
 answer = lambda tau: len(gd.generate(ours, 1000, 10, nfe=1, tau=tau).unique(dim=0))
