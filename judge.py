@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import re
-import urllib.request
 from functools import partial
 
 import numpy as np
@@ -23,7 +22,6 @@ from sample import check_ranges, load_models, note, nucleus, settings_of
 SETTINGS = ["nfe", "tau", "temperature", "top_p"]
 COLUMNS = ["model", *SETTINGS, "gen_ppl", "entropy", "mauve", "energy", "words", "pairs", "valid",
            "tv", "gain", "cross_gain"]
-BETTER = {"gen_ppl": -1, "mauve": 1, "energy": -1, "words": 1, "pairs": 1}
 
 
 # --- Readers of texts: our own AR model, or (model, tokenizer) of transformers --------------------
@@ -67,11 +65,6 @@ def hf_read(model, tokenizer, words, x):
 
 def load_reader(name, device):
     """A causal model of transformers, which --judge names, and its tokenizer."""
-    try:
-        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        os.path.isdir(name) or urllib.request.urlopen(hub, timeout=5)
-    except OSError:  # else transformers asks again and again, for half a minute
-        os.environ["HF_HUB_OFFLINE"] = "1"
     model, tokenizer = load_transformers(name, "--judge", "the word teacher: our own AR model")
     return model.to(device), tokenizer
 
@@ -198,15 +191,6 @@ def floors(data, n, seed):
             "floor: mirror": torch.cat([start, start.flip(1)], dim=1)[:, :T]}
 
 
-def print_fooled(rows):
-    """Name columns that put a floor above real text, rows[0], by two standard errors."""
-    for row, (column, sign) in itertools.product(rows, BETTER.items()):
-        if row["model"].startswith("floor") and column in row.keys() & rows[0].keys():
-            error = np.hypot(row[column + "_se"], rows[0][column + "_se"])
-            if sign * (row[column] - rows[0][column]) > 2 * error:
-                print(f"fooled: {column} prefers {row['model']!r} to real text")
-
-
 @torch.no_grad()
 def probe(student, teacher, n, share=1.0, seed=0):
     """It guesses one token each of n texts of the teacher, of which a share is masked. Its cross-
@@ -312,7 +296,6 @@ def main(words=None):
     os.replace(path + ".tmp", path)                             # whole, or not at all
     shown = [c for c in COLUMNS if len({str(row[c]) for row in rows if c in row}) > (c in SETTINGS)]
     gd.print_table([{column: row.get(column, "") for column in shown} for row in rows])
-    print_fooled(rows)
     print(f"An energy below 0 is an estimate of 0. {path} has standard errors and more scores")
 
 

@@ -118,7 +118,7 @@ def test_words_and_pairs_of_the_training_text_are_known_and_counted():
     assert counts["entropy"] == (pytest.approx(np.log(2)), 1)
 
 
-def test_no_floor_beats_real_text_on_the_maze_and_one_that_does_is_named(capsys):
+def test_no_floor_beats_real_text_on_the_maze():
     maze, n = gd.Maze(), 200
     real = maze.rows(torch.randint(51, (2 * n,), generator=gd.rng(0)))
     scorer = judge.Judge(maze, real[:n], load_model(MAZE / "teacher.pt")[0], with_mauve=False)
@@ -126,10 +126,6 @@ def test_no_floor_beats_real_text_on_the_maze_and_one_that_does_is_named(capsys)
     rows = [dict(model=name, **scorer.scores(x, name)) for name, x in texts.items()]
     assert abs(rows[0]["energy"]) < 4 * rows[0]["energy_se"]
     assert all(row["energy"] > 10 * rows[0]["energy_se"] for row in rows[1:])
-    judge.print_fooled(rows)
-    assert not capsys.readouterr().out
-    judge.print_fooled([*rows, dict(rows[2], gen_ppl=1.0)])
-    assert capsys.readouterr().out.count("gen_ppl prefers 'floor: periodic'") == 1
 
 
 def hand_made(logits):
