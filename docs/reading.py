@@ -32,7 +32,7 @@ COLORED = re.compile(rf"(?P<s>{STRING})|(?P<c>{COMMENT})|(?P<k>\b(?:{'|'.join(ke
 LETTERS = dict(xi="ξ", zeta="ζ", theta="θ", alpha="α", tau="τ", mu="μ", mean="𝔼")
 SIGNS = {"sim": "∼", "approx": "≈", "ge": "≥", "lt": "<", "gt": ">", "ne": "≠", "cdot": "·",
          "mid": "∣", "dots": "…", "in": "∈", "notin": "∉", "sum": "∑", "prod": "∏", "-": "−"}
-SCRIPTS = {"_": "msub", "^": "msup", "_^": "msubsup"}
+SCRIPTS = {"_": "msub", "^": "msup"}
 BIG = ["sum", "prod", "argmax"]             # what is below stands under these
 FUNCTIONS = ["log", "min", "argmax", "softmax", "Exp", "Gumbel", "mean"]
 
@@ -40,9 +40,11 @@ FUNCTIONS = ["log", "min", "argmax", "softmax", "Exp", "Gumbel", "mean"]
 def formula(tex):
     """A formula as MathML. Its lines end with \\\\, and their columns are parted by &."""
     if "&" in tex:
-        lines = [line.split("&") for line in tex.split(r"\\")]
-        cells = [[f"<mtd>{formula(cell)}</mtd>" for cell in line] for line in lines]
-        return f"<mtable>{''.join(f'<mtr>{cell}</mtr>' for cell in map(''.join, cells))}</mtable>"
+        table = ""
+        for line in tex.split(r"\\"):
+            cells = "".join(f"<mtd>{formula(cell)}</mtd>" for cell in line.split("&"))
+            table += f"<mtr>{cells}</mtr>"
+        return f"<mtable>{table}</mtable>"
     return row(re.findall(r"\\text\{.*?\}|\\?[A-Za-z]+|\d[\d.]*|\S", tex)[::-1])
 
 
@@ -50,16 +52,13 @@ def row(tokens):
     """All that comes up to a }, or to the end. The next token is the last of the list."""
     items = []
     while tokens and tokens[-1] != "}":
-        name, item, scripts = tokens[-1].lstrip("\\"), atom(tokens), {}
-        while tokens and tokens[-1] in "_^":
-            kind = tokens.pop()
-            scripts[kind] = atom(tokens)
-        if scripts:
-            kind = "".join(sorted(scripts, reverse=True))       # _ before ^
-            tag = "munder" if name in BIG else SCRIPTS[kind]
-            item = f"<{tag}>{item}{''.join(scripts[k] for k in kind)}</{tag}>"
+        name, item = tokens[-1].lstrip("\\"), atom(tokens)
+        while tokens and tokens[-1] in SCRIPTS:
+            tag = SCRIPTS[tokens.pop()]
+            tag = "munder" if name in BIG else tag
+            item = f"<{tag}>{item}{atom(tokens)}</{tag}>"
         items.append(item)
-        if name in FUNCTIONS and tokens and (scripts or tokens[-1] != "("):
+        if name in FUNCTIONS and tokens and (name in BIG or tokens[-1] != "("):
             items.append('<mspace width="0.17em"/>')
     return f"<mrow>{''.join(items)}</mrow>"
 
@@ -71,6 +70,8 @@ def atom(tokens):
     if token == "{":
         group = row(tokens)
         tokens.pop()                                            # its }
+        if group.startswith("<mrow><mo "):                      # a sign in front needs no space
+            group = group.replace("<mo ", '<mo lspace="0" rspace="0" ', 1)
         return group
     if name == "frac":
         return f"<mfrac>{atom(tokens)}{atom(tokens)}</mfrac>"
