@@ -34,7 +34,7 @@ def test_code_stands_unchanged_and_each_line_once(reading):
 
 
 def test_formulas_are_well_formed_and_links_have_one_target_each():
-    ElementTree.fromstring("<all>" + "".join(re.findall("<math.*?</math>", STORED, re.S)) + "</all>")
+    ElementTree.fromstring("<a>" + "".join(re.findall("<math.*?</math>", STORED, re.S)) + "</a>")
     anchors = re.findall(' id="(.*?)"', STORED)
     assert set(re.findall('href="#(.*?)"', STORED)) <= set(anchors)
     assert len(set(anchors)) == len(anchors)
