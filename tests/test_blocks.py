@@ -153,6 +153,9 @@ def test_a_causal_student_with_its_teachers_weights_begins_each_block_as_the_tea
     for start in range(0, T, size):
         known = torch.where(torch.arange(T) < start, text, V)
         assert gd.serial_extraction(teacher, known, xi)[:, start].equal(text[:, start])
+        # in training the text before a block is clean, whether xt masks it or not
+        masked, clean = (training_logits(student, shown, xi, text) for shown in (xt, known))
+        assert torch.allclose(masked[:, start:], clean[:, start:])
     for i in range(T):
         other = xi.clone()
         other[:, i] = gd.sample_gumbel((30, V), gd.rng(2), torch.float64)
