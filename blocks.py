@@ -56,9 +56,9 @@ class BlockCache(KVCache):
     """A KVCache that keeps what it reads only when is_final is True."""
     is_final = False
 
-    def __call__(self, layer, q, k, v, mask=None):
+    def __call__(self, layer, q, k, v):
         cache = self if self.is_final else KVCache(self)        # a copy, which nobody keeps
-        return KVCache.__call__(cache, layer, q, k, v, mask)
+        return KVCache.__call__(cache, layer, q, k, v)
 
 
 # -----------------------------------------------------------------------------
@@ -68,7 +68,6 @@ class BlockStudent(Student):
     what forward reads beside xt: the clean text `x0` in training; in sampling `start`, the position
     of the block, `done`, the tokens before it, and `cache`, what the layers know of them."""
     x0, start, done, cache = None, 0, None, None
-    way_to_train, way_to_write = BlockMask, BlockCache          # to attend
 
     def __init__(self, cfg, vocab_size, net=None):
         super().__init__(cfg, vocab_size, net)
@@ -81,7 +80,7 @@ class BlockStudent(Student):
         attend = self.cache
         if self.x0 is not None:  # it has no [MASK], so the logits are those of xt
             xt, pos = torch.cat([xt, self.x0], dim=1), pos.repeat(2)       # (B, 2T), (2T,)
-            attend = self.way_to_train(T, self.block_size, xt.device)
+            attend = BlockMask(T, self.block_size, xt.device)
         x = self.embed(xt, xi) + self.embed_pos(pos)
         h = self.net(x, pos, attend)
         return self.net.head(h[xt == self.mask_id])
@@ -102,7 +101,7 @@ class BlockStudent(Student):
     def write(self, xt, xi, u, nfe):
         """Texts (B, T), block after block, each in an equal share of nfe, at least one step."""
         T, L = xt.size(1), self.block_size
-        xt, self.cache = xt.clone(), self.way_to_write()
+        xt, self.cache = xt.clone(), BlockCache()
         for start in range(0, T, L):
             self.start, self.done, block = start, xt[:, :start], slice(start, start + L)
             xt[:, block] = denoise(self, xt[:, block], xi[:, block], u[:, :, block],

@@ -20,10 +20,9 @@ DRAFT_TOKENS = 8                    # a draft mixes the embeddings of that many 
 class DraftTransformer(Transformer):
     """A Transformer that adds a draft at the masked positions, before three of its layers.
     Its attributes is_masked (B, T) and xi (M, V) say what is masked, and the noise there."""
-    causal = False
 
     def __init__(self, cfg, vocab_size):
-        super().__init__(cfg, vocab_size, self.causal)
+        super().__init__(cfg, vocab_size, causal=False)
         self.scale = nn.Parameter(torch.ones(()))               # s
 
     def forward(self, x, pos=None, attend=None):

@@ -179,12 +179,12 @@ def posterior_gumbel(logp, x0, generator):
 
 class KVCache(dict):
     """Keys and values of tokens that were read, by Layer. As `attend` it shows them to new ones."""
-    def __call__(self, layer, q, k, v, mask=None):
+    def __call__(self, layer, q, k, v):
         kv = torch.stack([k, v])                                # (2, B, nh, T, hs)
         if layer in self:
             kv = torch.cat([self[layer], kv], dim=3)
         self[layer] = kv
-        return F.scaled_dot_product_attention(q, kv[0], kv[1], mask)
+        return F.scaled_dot_product_attention(q, kv[0], kv[1])
 
 
 @torch.no_grad()

@@ -20,13 +20,13 @@ import time
 import torch
 
 import gumbel_distill as gd
-from causal import CAUSAL_STUDENTS
 from couplings import COUPLINGS
 from data import END, Tokenizer, load_pretrained
 from drafts import DraftStudent
+from shifted import SHIFTED_STUDENTS
 
 # A checkpoint names its class by a name of this table. Your own student needs a line here.
-MODELS = {"teacher": gd.Teacher, **gd.STUDENTS, "gumbel-draft": DraftStudent, **CAUSAL_STUDENTS,
+MODELS = {"teacher": gd.Teacher, **gd.STUDENTS, "gumbel-draft": DraftStudent, **SHIFTED_STUDENTS,
           **COUPLINGS}
 COLD = 1e-6                         # below this temperature a draw is the argmax
 RANGES = ("n", 1, 1e9), ("nfe", 1, 1e9), ("tau", 0, 1e9), ("temperature", 0, 1e9), ("top_p", 0, 1)

@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gumbel_distill as gd  # noqa: E402
 from ablation import teacher_texts  # noqa: E402
 from blocks import BlockConfig  # noqa: E402
-from causal import CAUSAL_STUDENTS  # noqa: E402
 from judge import Judge, config_from, floors, probe  # noqa: E402
 from sample import MODELS, nucleus  # noqa: E402
+from shifted import SHIFTED_STUDENTS  # noqa: E402
 
 AR_SEEDS = {"teacher": 0, "judge": 1000}
 # How all students write: at each of these (tau, temperature, top_p). MDLM reads no noise, so tau is
@@ -66,14 +66,17 @@ TABLES = {
     "news": (NEWS, [dict(init_from=STARTS, max_steps=[2500], seed=[0]),
                     dict(student=["mdlm", "gumbel"], max_steps=[800], seed=[0, 1, 2])]),
     "card": (CARD, [dict(init_from=STARTS, seed=[0])]),
-    # one block: the causal student writes the whole text in a step, as the others do
+    # one block: the block students write the whole text in a step, too
     "readers": (dict(SMALL, block_size=16, labels="teacher"), [
-        dict(student=["mdlm", "gumbel-draft", "bd3lm-causal"], seq_len=[16], seed=[0, 1, 2]),
+        dict(student=["mdlm", "gumbel-draft", "bd3lm-shifted"], seq_len=[16], seed=[0, 1, 2]),
         dict(student=["gumbel", "linear", "one-uniform", "one-sorted"], seq_len=[16], seed=[0])]),
     "blocks": (dict(SMALL, nfe=[16, 32]), [
-        *(dict(student=list(CAUSAL_STUDENTS), block_size=[4], labels=LABELS, seed=[seed])
-          for seed in (0, 1, 2)),
-        dict(student=["bd3lm", "bd3lm-causal"], block_size=[2, 8], labels=["teacher"], seed=[0])]),
+        dict(student=list(SHIFTED_STUDENTS), block_size=[4], labels=LABELS, seed=[0, 1, 2]),
+        dict(student=["bd3lm", "bd3lm-shifted"], block_size=[2, 8], labels=["teacher"], seed=[0]),
+        dict(student=["mdlm"], block_size=[4], labels=["teacher"], seed=[0])]),   # no blocks
+    "blocks-news": (dict(SMALL, dataset="lm1b", tokenizer="gpt2-4096", seq_len=32, batch_size=64,
+                         block_size=4, labels="teacher", nfe=[8, 16]),
+                    [dict(student=["bd3lm", "bd3lm-shifted"], seed=[0])]),
 }
 ABOUT = "student seq_len block_size init_from labels max_steps seed".split()    # what names a run
 
@@ -210,11 +213,13 @@ def at_entropy(rows, entropy):
     None where they do not reach it. A model writes duller text at a lower temperature, and its
     perplexity falls: so models are compared at one entropy."""
     rows = sorted(rows, key=lambda row: row["entropy"])
-    entropies = [row["entropy"] for row in rows]
-    if not entropies[0] <= entropy <= entropies[-1]:
+    if not rows[0]["entropy"] <= entropy <= rows[-1]["entropy"]:
         return None
-    return {name: float(np.interp(entropy, entropies, [row[name] for row in rows]))
-            for name in SCORES if all(name in row for row in rows)}
+    above = sum(row["entropy"] < entropy for row in rows)       # the first row at it or above
+    pair = rows[max(0, above - 1):above + 1]
+    entropies = [row["entropy"] for row in pair]
+    return {name: float(np.interp(entropy, entropies, [row[name] for row in pair]))
+            for name in SCORES if all(name in row for row in pair)}
 
 
 def line_of(student, curves, entropy):

@@ -103,13 +103,13 @@ MUTANTS = [
          "max(1, nfe * L // T + (self.start == 0))"),
         ("blocks: one time for all blocks", "t.roll(-(block * B // n_blocks), dims=0)", "t"),
         ("blocks: the cache keeps unfinished blocks", "KVCache(self) ", "self ")]),
-    ("blocks", "causal.py", [
-        ("causal: a draft at its own position", "drafts.roll(1, dims=1)", "drafts"),
-        ("causal: in training a token sees later ones", "self.mask &=", "self.later ="),
-        ("causal: in sampling a token sees later ones", ".tril(n_seen)", ""),
-        ("causal: the output without the noise", "(super().forward(xt, xi) + xi)",
+    ("blocks", "shifted.py", [
+        ("shifted: a draft at its own position", "drafts.roll(1, dims=1)", "drafts"),
+        ("shifted: a draft beside the known token", "index_fill(1, starts.to(xt.device), False)",
+         "clone()"),
+        ("shifted: the output without the noise", "(super().forward(xt, xi) + xi)",
          "super().forward(xt, xi)"),
-        ("causal: a masked token before a block", "before[:, of_xt] =", "unused =")]),
+        ("shifted: a masked token before a block", "before[:, of_xt] =", "unused =")]),
     ("drafts", "drafts.py", [
         ("drafts: without the noise", "self.head.weight.detach()) + self.xi",
          "self.head.weight.detach())"),

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import blocks
-import causal
 import gumbel_distill as gd
+import shifted
 from conftest import STUDENTS, T, V, sharpened, tiny_config, tiny_student
 
 pytestmark = pytest.mark.quick
@@ -17,7 +17,7 @@ PLAIN = dict(zip(NAMES, STUDENTS))      # the same student without blocks
 def block_student(name="bd3lm-draft", block_size=2):
     torch.manual_seed(0)
     cfg = tiny_config(blocks.BlockConfig, block_size=block_size)
-    return sharpened(causal.CAUSAL_STUDENTS[name](cfg, V))
+    return sharpened(shifted.SHIFTED_STUDENTS[name](cfg, V))
 
 
 def training_logits(student, xt, xi, x0):
@@ -77,7 +77,7 @@ def test_one_block_of_the_whole_length_is_the_student_without_blocks(name, teach
     assert gd.generate(plain, 30, T, nfe=3).equal(gd.generate(in_blocks, 30, T, nfe=3))
 
 
-@pytest.mark.parametrize("name", causal.CAUSAL_STUDENTS)
+@pytest.mark.parametrize("name", shifted.SHIFTED_STUDENTS)
 def test_each_block_is_masked_and_weighted_by_a_time_of_its_own(name, teacher):
     """The times of each block are those of the batch, in another order: stratified, too."""
     student, g = block_student(name), gd.rng(1)
@@ -112,7 +112,7 @@ def written(student, nfe, xt):
     return text, calls
 
 
-@pytest.mark.parametrize("name", causal.CAUSAL_STUDENTS)
+@pytest.mark.parametrize("name", shifted.SHIFTED_STUDENTS)
 @pytest.mark.parametrize("block_size, nfe", [(1, 6), (2, 6), (3, 2), (3, 4), (6, 4)])
 def test_each_step_of_the_cached_sampler_equals_the_training_pass(name, block_size, nfe):
     """With known tokens, which stay."""
@@ -140,25 +140,31 @@ def test_the_calls_for_a_text_are_shared_out_evenly_among_its_blocks(block_size,
 
 
 # -----------------------------------------------------------------------------
-# Causal drafts
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_causal_student_with_its_teachers_weights_begins_each_block_as_the_teacher(size, teacher):
-    """Its first token in a block is the teacher's with the same noise, whatever was written before;
-    so with blocks of one it writes the teacher's texts. Noise is read from the left only."""
-    student = block_student("bd3lm-causal", size)
+# Shifted drafts
+def test_with_its_teachers_weights_and_one_token_a_block_it_writes_the_teachers_texts(teacher):
+    student = block_student("bd3lm-shifted", 1)
     student.load_state_dict(teacher.state_dict(), strict=False)
     torch.nn.init.zeros_(student.embed_pos.weight)
     xt, (xi, u) = torch.full((30, T), V), gd.sequence_noise(1, torch.arange(30), T, teacher)
-    text = student.write(xt, xi, u, 1)
-    for start in range(0, T, size):
-        known = torch.where(torch.arange(T) < start, text, V)
-        assert gd.serial_extraction(teacher, known, xi)[:, start].equal(text[:, start])
-        # in training the text before a block is clean, whether xt masks it or not
-        masked, clean = (training_logits(student, shown, xi, text) for shown in (xt, known))
-        assert torch.allclose(masked[:, start:], clean[:, start:])
+    assert student.write(xt, xi, u, T).equal(gd.serial_extraction(teacher, xt, xi))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_before_a_block_there_is_clean_text_and_inside_it_the_next_token_reads_a_draft(size):
+    student = block_student("bd3lm-shifted", size)
+    xt = torch.full((1, T), V)
+    x0 = torch.randint(V, (1, T), generator=gd.rng(1))
+    xi = gd.sample_gumbel((1, T, V), gd.rng(2), torch.float64)
+    masked = training_logits(student, xt, xi, x0)
     for i in range(T):
-        other = xi.clone()
-        other[:, i] = gd.sample_gumbel((30, V), gd.rng(2), torch.float64)
-        is_new = student.write(xt, other, u, 1) != text
-        assert not is_new[:, :i].any() and is_new[:, i].any()
-        assert is_new[:, i + 1:].any() or i == T - 1
+        known, others = xt.clone(), torch.arange(T) // size != i // size
+        known[:, i] = x0[:, i]                                  # in xt; x0 has it anyway
+        assert torch.allclose(training_logits(student, known, xi, x0)[:, others], masked[:, others])
+    # the draft of token i is read at the position that token i + 1 is guessed from, and there alone
+    student.net.is_masked = torch.ones(1, T, dtype=torch.bool)
+    student.embed(xt, None)
+    drafts = torch.eye(T)[None]                                 # (1, T, C): row i is draft i
+    placed = student.net.place(drafts)[0]
+    for i in range(T):
+        from_before = i % size != 0
+        assert placed[i].equal(drafts[0, i - 1] if from_before else torch.zeros(T))
