@@ -241,12 +241,12 @@ def draw_pieces(rows, names, right, tokenizer, width=105):
             x += len(piece)
 
 
-def draw_frontiers(rows, real):
+def draw_frontiers(rows, real, sharey=False):
     """NLL against entropy; a panel for each number of steps, a curve for each student. A dotted
     line is the entropy in `real`, the row of the texts to be like. A large mark is the setting in
     which the student usually writes."""
     steps = sorted({row["nfe"] for row in rows})
-    figure, axes = plt.subplots(1, len(steps), figsize=(11, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(steps), figsize=(11, 3), sharey=sharey, layout="constrained")
     for axis, nfe in zip(axes, steps):
         for name, (color, marker, ls, title) in STYLE.items():
             here = [row for row in rows if (row["model"], row["nfe"]) == (name, nfe)]
@@ -264,9 +264,9 @@ def draw_frontiers(rows, real):
 
 def draw_gains(rows):
     """What a student learns from the noise. rows: (name, share masked) -> the NLL of a token with
-    all noise known, its own alone, none. A bar is the NLL without noise, 100 per cent."""
+    all noise known, its own alone, none (MDLM). A bar is the NLL of MDLM, 100 per cent."""
     shares = sorted({t for _, t in rows}, reverse=True)
-    figure, axes = plt.subplots(1, len(shares), figsize=(11, 2.4), sharey=True,
+    figure, axes = plt.subplots(1, len(shares), figsize=(11, 3), sharey=True,
                                 layout="constrained")
     for axis, t in zip(axes, shares):
         names = [name for name, share in rows if share == t]
