@@ -13,6 +13,7 @@ your own, add a table to TABLES.
 
 import argparse
 import contextlib
+import csv
 import itertools
 import json
 import math
@@ -69,7 +70,9 @@ TABLES = {
     # one block: the block students write the whole text in a step, too
     "readers": (dict(SMALL, block_size=16, labels="teacher"), [
         dict(student=["mdlm", "gumbel-draft", "bd3lm-shifted"], seq_len=[16], seed=[0, 1, 2]),
-        dict(student=["gumbel", "linear", "one-uniform", "one-sorted"], seq_len=[16], seed=[0])]),
+        dict(student=["gumbel", "linear", "one-uniform", "one-sorted"], seq_len=[16], seed=[0]),
+        dict(student=["mdlm", "bd3lm-shifted"], seq_len=[64], block_size=[64], nfe=[[1, 4, 16]],
+             seed=[0])]),
     "blocks": (dict(SMALL, nfe=[16, 32]), [
         dict(student=list(SHIFTED_STUDENTS), block_size=[4], labels=LABELS, seed=[0, 1, 2]),
         dict(student=["bd3lm", "bd3lm-shifted"], block_size=[2, 8], labels=["teacher"], seed=[0]),
@@ -262,9 +265,28 @@ def show(rows, wanted=None):
                         for student, seeds in students.items()])
 
 
+def draw_cross_gains(path):
+    """The picture of docs/text.md, from cross_gain.csv: quality in one step against cross gain, a
+    point a student, a panel a data set."""
+    import matplotlib.pyplot as plt
+    with open(Path(__file__).parent / "cross_gain.csv") as f:
+        rows = list(csv.DictReader(f))
+    panels = list(dict.fromkeys(row["panel"] for row in rows))
+    _, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for ax, panel in zip(axes, panels):
+        for row in rows:
+            if row["panel"] == panel:
+                x, y, score = float(row["cross_gain"]), float(row["quality"]), row["score"]
+                ax.errorbar(x, y, xerr=float(row["cross_gain_se"]), fmt="o", color="tab:blue")
+                ax.annotate(row["student"], (x, y), (5, 5), textcoords="offset points", fontsize=8)
+        ax.set(xlabel="cross gain, nats", ylabel=score, title=panel)
+        ax.margins(0.2)
+    plt.savefig(path, dpi=110)
+
+
 def main(words=None):
     parser = argparse.ArgumentParser()
-    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("table", choices=TABLES, nargs="?", default="readers")
     parser.add_argument("--train-files", default="", help="the text, as of gumbel_distill.py")
     parser.add_argument("--val-files", default="")
     parser.add_argument("--out-dir", default="out/tables")
@@ -273,7 +295,10 @@ def main(words=None):
     parser.add_argument("--max-steps", type=int, help="fewer steps for all, to try the program")
     parser.add_argument("--entropy", type=float, help="compare at this one, not that of real text")
     parser.add_argument("--show", action="store_true", help="print the tables of what is there")
+    parser.add_argument("--picture", help="write the picture of cross gains there, nothing else")
     args = parser.parse_args(words)
+    if args.picture:
+        return draw_cross_gains(args.picture)
     path = f"{args.out_dir}/{args.table}.jsonl"
     if not args.show:
         os.makedirs(args.out_dir, exist_ok=True)
