@@ -7,6 +7,7 @@
 import argparse
 import itertools
 import json
+import math
 import os
 import re
 from functools import partial
@@ -192,11 +193,12 @@ def floors(data, n, seed):
 
 
 @torch.no_grad()
-def probe(student, teacher, n, share=1.0, seed=0):
+def probe(student, teacher, n, share=1.0, seed=0, n_fresh=16):
     """It guesses one token each of n texts of the teacher, of which a share is masked. Its cross-
-    entropy in nats is A with the noise of the text, B if all noise but that of the guessed token is
-    fresh, D if all is fresh. Returns gain = D - A, and cross_gain = B - A, what the noise of other
-    tokens tells (only this makes better text), with standard errors."""
+    entropy in nats is A with the noise of the text, B with the noise of the guessed token alone, D
+    with none: where noise is unknown, probabilities are averaged over n_fresh draws of fresh noise.
+    Returns gain = D - A, and cross_gain = B - A, what the noise of other tokens tells (only this
+    makes better text, see docs/text.md), with standard errors."""
     x0, losses = gd.generate(teacher, n, student.embed_pos.num_embeddings, seed), []
     g, n_masked = gd.rng(seed, "probe", device=x0.device), max(1, round(share * x0.size(1)))
     for rows in x0.split(16):
@@ -205,11 +207,14 @@ def probe(student, teacher, n, share=1.0, seed=0):
         is_guessed = rank[is_masked] == 0                       # (M,)
         xt, target = torch.where(is_masked, student.mask_id, rows), rows[is_masked]
         true = student.label(teacher.logp(teacher.hidden(rows)[is_masked]), target, g)
-        fresh = gd.sample_gumbel(true.shape, g, true.dtype)
-        own = torch.where(is_guessed[:, None], true, fresh)
+        fresh = [gd.sample_gumbel(true.shape, g, true.dtype) for _ in range(n_fresh)]
+        own = [torch.where(is_guessed[:, None], true, xi) for xi in fresh]
         student.x0 = rows                                       # blocks see the text before them
-        nll = [student.net.nll(student(xt, xi), target) for xi in (true, own, fresh)]
-        losses.append(torch.stack(nll)[:, is_guessed])          # (3, b)
+        logp = [-student.net.nll(student(xt, xi), target)[is_guessed]
+                for xi in [true, *own, *fresh]]
+        known, own, fresh = torch.stack(logp).split([1, n_fresh, n_fresh])
+        losses.append(torch.stack([math.log(len(part)) - part.logsumexp(dim=0)
+                                   for part in (known, own, fresh)]))      # (3, b)
     student.x0 = None
     A, B, D = torch.cat(losses, dim=1).cpu().numpy()
     return dict(zip(("gain", "gain_se", "cross_gain", "cross_gain_se"),

@@ -139,12 +139,12 @@ def hand_made(logits):
 @pytest.mark.quick
 def test_the_probe_tells_own_noise_from_the_noise_of_others(teacher):
     blind = judge.probe(hand_made(lambda xt, xi: 0 * xi), teacher, 50)
-    assert blind["gain"] == blind["cross_gain"] == 0
+    assert abs(blind["gain"]) < 1e-5 and abs(blind["cross_gain"]) < 1e-5
     own = judge.probe(hand_made(lambda xt, xi: 0.5 * xi), teacher, 400)
-    assert own["cross_gain"] == 0 and own["gain"] > 5 * own["gain_se"]
+    assert abs(own["cross_gain"]) < 1e-5 and own["gain"] > 5 * own["gain_se"]
 
     def know_all(xt, xi):  # it writes what the teacher would
-        return 50.0 * F.one_hot(teacher.write(xt, xi.view(*xt.shape, V)).flatten(), V)
+        return 5.0 * F.one_hot(teacher.write(xt, xi.view(*xt.shape, V)).flatten(), V)
     every = judge.probe(hand_made(know_all), teacher, 400)
     assert every["gain"] > every["cross_gain"] > 5 * every["cross_gain_se"]
 
