@@ -106,10 +106,10 @@ class BlockStudent(Student):
             self.start, self.done, block = start, xt[:, :start], slice(start, start + L)
             xt[:, block] = denoise(self, xt[:, block], xi[:, block], u[:, :, block],
                                    steps=max(1, nfe * L // T))
-            # the block is final: read it once more, into the cache (not counted in nfe)
-            self.cache.is_final = True
-            self(xt[:, block], xi[:0, 0])                       # nothing is masked: no noise
-            self.cache.is_final = False
+            if start + L < T:  # the block is final: read it into the cache (not counted in nfe)
+                self.cache.is_final = True
+                self(xt[:, block], xi[:0, 0])                   # nothing is masked: no noise
+                self.cache.is_final = False
         self.start, self.done, self.cache = 0, None, None
         return xt
 
