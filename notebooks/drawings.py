@@ -43,8 +43,7 @@ def is_move(start, end):
 
 def draw_walls(axis, title=""):
     """The walls of the maze, with S at the start and G at the goal."""
-    axis.plot([0, 6], [0, 0], color="black", lw=2)
-    axis.plot([0, 0], [0, 6], color="black", lw=2)
+    axis.plot([0, 0, 6], [6, 0, 0], color="black", lw=2)
     for cell in range(36):
         x, y = cell % 6, cell // 6
         if not is_move(cell, cell + 1):
@@ -59,8 +58,7 @@ def draw_walls(axis, title=""):
 
 
 def draw(path, axis, title=""):
-    """A path (10,) of cells. Masked cells are left out. A move that no shortest path makes is red
-    and dotted."""
+    """A path (10,) without masked cells. A move that no shortest path makes is red and dotted."""
     draw_walls(axis, title)
     cells = [0] + [int(cell) for cell in path]
     for start, end in zip(cells, cells[1:]):
@@ -129,18 +127,6 @@ def curve(axis, rows, column, ylabel, against="nfe"):
     axis.grid(alpha=0.3)
 
 
-def hero(rows):
-    """The README's picture: valid paths, and distance from the truth, against the steps."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.9), layout="constrained")
-    curve(axes[0], rows, "valid", "share of valid paths")
-    curve(axes[1], rows, "tv", "distance from the truth (tv)")
-    axes[1].axhline(0.05, color="black", lw=1, ls="--", label="as many exact draws")
-    for axis in axes:
-        axis.set_ylim(0, 1.04)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
-
-
 # -----------------------------------------------------------------------------
 # Drawings of single chapters, in their order
 def draw_race(T, words, end=3.0):
@@ -194,15 +180,12 @@ def draw_noise(logp, noises, x0):
         panels = {"logp of the teacher": logp, name: noise, "their sum": logp + noise}
         for axis, (title, values) in zip(row, panels.items()):
             draw_walls(axis, title)
-            best = values.argmax() if title == "their sum" else -1
-            for cell in range(36):
-                x, y, value = cell % 6 + 0.5, cell // 6 + 0.5, values[cell].item()
-                if value > -8:
-                    axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7)
-                if cell == best:
-                    axis.add_patch(plt.Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, color=BLUE,
-                                                 alpha=0.4, lw=0))
+            for cell in (values > -8).nonzero()[:, 0].tolist():
+                axis.text(cell % 6 + 0.5, cell // 6 + 0.5, f"{values[cell]:.1f}", ha="center",
+                          va="center", fontsize=7)
             if title == "their sum":
+                y, x = divmod(values.argmax().item(), 6)
+                axis.add_patch(plt.Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, fc=BLUE, alpha=0.4))
                 axis.text(x0 % 6 + 0.72, x0 // 6 + 0.4, "*", color="black", fontsize=10)
 
 
@@ -214,8 +197,10 @@ def draw_loss(nll, is_masked):
         axis.bar(place + 0.27 * (k - 1), values, 0.27, color=STYLE[name][0], label=STYLE[name][3])
     text, move = is_masked.nonzero(as_tuple=True)
     axis.set_xticks(place, [i + 1 for i in move.tolist()], fontsize=8)
-    for start in range(1, len(is_masked)):
-        axis.axvline((text < start).sum() - 0.5, color="black", lw=0.8, ls=":")
+    for b in range(len(is_masked)):
+        start = (text < b).sum() - 0.5
+        axis.axvline(start, color="black", lw=0.8, ls=":")
+        axis.text(start, 1.02, f"text {b}", fontsize=8, transform=axis.get_xaxis_transform())
     axis.set(xlabel="masked moves; dotted lines part the texts", ylabel="loss, nats")
     axis.legend(fontsize=8)
 

@@ -7,8 +7,8 @@ answer = (lambda a: a**4 + (1 - a)**4, 0.5)
 
 # Exercise 2.2. true_p[i, c] is the share of paths with cell c at position i. The product along a
 # path is the probability of this path under independent draws. The paths exclude each other, so
-# their probabilities add up. What a trained student writes in one call is about as often valid: no
-# training can make it better, because one call draws independently.
+# their probabilities add up. What a trained student writes in one call is about as often valid, as
+# long as it draws each move from its true distribution. More training does not change this.
 answer = true_p[torch.arange(10), paths].prod(dim=-1).sum().item()
 
 # Exercise 2.3. The share of that path is 1 instead of 1/51. The other 50 shares are 0 instead of
