@@ -249,7 +249,7 @@ CLASS_README = """# Gumbel Distillation: a course of six chapters
 Install it in this folder with `pip install -e ".[dev]" notebook` (Python 3.10 or newer), and start
 `jupyter notebook`. Take the chapters of the folder notebooks in order. Answer each question before
 you run the cell below it. In an exercise, replace `None` by your answer: `check` says "right!", or
-"not yet" with a hint.
+"not yet" with a hint. docs/index.html is a page to play with. classroom.py has solutions.
 """
 
 
