@@ -196,7 +196,8 @@ def floors(data, n, seed):
 def probe(student, teacher, n, share=1.0, seed=0, n_fresh=16):
     """It guesses one token each of n texts of the teacher, of which a share is masked. Its cross-
     entropy in nats is A with the noise of the text, B with the noise of the guessed token alone, D
-    with none: where noise is unknown, probabilities are averaged over n_fresh draws of fresh noise.
+    with none: where noise is unknown, probabilities are averaged over n_fresh draws of fresh noise
+    (few draws make B and D a little too large).
     Returns gain = D - A, and cross_gain = B - A, what the noise of other tokens tells (only this
     makes better text, see docs/text.md), with standard errors."""
     x0, losses = gd.generate(teacher, n, student.embed_pos.num_embeddings, seed), []
@@ -207,14 +208,16 @@ def probe(student, teacher, n, share=1.0, seed=0, n_fresh=16):
         is_guessed = rank[is_masked] == 0                       # (M,)
         xt, target = torch.where(is_masked, student.mask_id, rows), rows[is_masked]
         true = student.label(teacher.logp(teacher.hidden(rows)[is_masked]), target, g)
-        fresh = [gd.sample_gumbel(true.shape, g, true.dtype) for _ in range(n_fresh)]
-        own = [torch.where(is_guessed[:, None], true, xi) for xi in fresh]
         student.x0 = rows                                       # blocks see the text before them
-        logp = [-student.net.nll(student(xt, xi), target)[is_guessed]
-                for xi in [true, *own, *fresh]]
-        known, own, fresh = torch.stack(logp).split([1, n_fresh, n_fresh])
-        losses.append(torch.stack([math.log(len(part)) - part.logsumexp(dim=0)
-                                   for part in (known, own, fresh)]))      # (3, b)
+        known = [-student.net.nll(student(xt, true), target)[is_guessed]]  # logp (b,)
+        own, none = [], []
+        for _ in range(n_fresh):
+            fresh = gd.sample_gumbel(true.shape, g, true.dtype)
+            alone = torch.where(is_guessed[:, None], true, fresh)
+            own.append(-student.net.nll(student(xt, alone), target)[is_guessed])
+            none.append(-student.net.nll(student(xt, fresh), target)[is_guessed])
+        losses.append(torch.stack([math.log(len(logp)) - torch.stack(logp).logsumexp(dim=0)
+                                   for logp in (known, own, none)]))       # (3, b)
     student.x0 = None
     A, B, D = torch.cat(losses, dim=1).cpu().numpy()
     return dict(zip(("gain", "gain_se", "cross_gain", "cross_gain_se"),

@@ -6,10 +6,11 @@
 Not in the paper. The students of MDLM read token i, or [MASK], at position i. This one keeps the
 places of its teacher, from whose weights it can begin:
 
-    input    position i reads the token before it; where that is masked, its draft (drafts.py)
+    input    position i reads the token before it; where that is masked, [MASK] and its draft
     output   softmax(s (logits + xi)): the noise of token i decides it, as in the teacher
 
-So a draft does for the next token what a written token does in the teacher.
+So a draft does for the next token what a written token does in the teacher. The last token of a
+block is read by later blocks alone.
 """
 
 import torch

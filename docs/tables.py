@@ -75,7 +75,8 @@ TABLES = {
              seed=[0])]),
     "blocks": (dict(SMALL, nfe=[16, 32]), [
         dict(student=list(SHIFTED_STUDENTS), block_size=[4], labels=LABELS, seed=[0, 1, 2]),
-        dict(student=["bd3lm", "bd3lm-shifted"], block_size=[2, 8], labels=["teacher"], seed=[0]),
+        *(dict(student=["bd3lm", "bd3lm-shifted"], block_size=[size], nfe=[nfe],
+               labels=["teacher"], seed=[0]) for size, nfe in ((2, [32]), (8, [8, 16]))),
         dict(student=["mdlm"], block_size=[4], labels=["teacher"], seed=[0])]),   # no blocks
     "blocks-news": (dict(SMALL, dataset="lm1b", tokenizer="gpt2-4096", seq_len=32, batch_size=64,
                          block_size=4, labels="teacher", nfe=[8, 16]),
@@ -248,7 +249,7 @@ def show(rows, wanted=None):
     gd.print_table([{name: row.get(name, "") for name in names} for row in plain])
     tables = {}                                                 # setting: student: seed: rows
     for row in rows:
-        # less noise where no more can be drawn than the best: this goes on below temperature 0
+        # with tau below 1 at temperature 0 a curve goes on to lower entropies
         if row.get("top_p") == 1 and (row["tau"] == 1 or row["temperature"] == 0):
             setting = tuple((name, row[name]) for name in ("seq_len", "block_size", "max_steps",
                                                            "nfe") if name in row)
@@ -286,7 +287,7 @@ def draw_cross_gains(path):
 
 def main(words=None):
     parser = argparse.ArgumentParser()
-    parser.add_argument("table", choices=TABLES, nargs="?", default="readers")
+    parser.add_argument("table", choices=TABLES, nargs="?")
     parser.add_argument("--train-files", default="", help="the text, as of gumbel_distill.py")
     parser.add_argument("--val-files", default="")
     parser.add_argument("--out-dir", default="out/tables")
@@ -299,6 +300,8 @@ def main(words=None):
     args = parser.parse_args(words)
     if args.picture:
         return draw_cross_gains(args.picture)
+    if args.table is None:
+        parser.error(f"name a table: {' '.join(TABLES)}")
     path = f"{args.out_dir}/{args.table}.jsonl"
     if not args.show:
         os.makedirs(args.out_dir, exist_ok=True)
