@@ -279,9 +279,10 @@ def draw_cross_gains(path):
             if row["panel"] == panel:
                 x, y, score = float(row["cross_gain"]), float(row["quality"]), row["score"]
                 ax.errorbar(x, y, xerr=float(row["cross_gain_se"]), fmt="o", color="tab:blue")
-                ax.annotate(row["student"], (x, y), (5, 5), textcoords="offset points", fontsize=8)
+                ax.annotate(row["student"], (x, y), (0, 6), textcoords="offset points", fontsize=8,
+                            ha="center")
         ax.set(xlabel="cross gain, nats", ylabel=score, title=panel)
-        ax.margins(0.2)
+        ax.margins(0.25)
     plt.savefig(path, dpi=110)
 
 
