@@ -304,6 +304,8 @@ def main(words=None):
     if args.table is None:
         parser.error(f"name a table: {' '.join(TABLES)}")
     path = f"{args.out_dir}/{args.table}.jsonl"
+    if args.show and not os.path.exists(path):
+        parser.error(f"{path} is not there: run without --show")
     if not args.show:
         os.makedirs(args.out_dir, exist_ok=True)
         train_all(jobs_of(args.table, args), path, args)
