@@ -251,4 +251,8 @@ def main(words=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except (KeyboardInterrupt, BrokenPipeError):                # Ctrl-C, or `| head` has enough
+        os._exit(1)                                             # no second try to flush

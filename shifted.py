@@ -1,4 +1,4 @@
-"""Shifted drafts: a student that begins as its teacher, and reads its own drafts as the next input.
+"""Shifted drafts: a student that reads its drafts where its teacher reads tokens.
 
     python shifted.py                                   # blocks.py, with one more student
     python shifted.py --block-size 10 --nfe 1 3 10      # one block: MDLM's order of filling

@@ -110,6 +110,11 @@ MUTANTS = [
         ("shifted: the output without the noise", "(super().forward(xt, xi) + xi)",
          "super().forward(xt, xi)"),
         ("shifted: a masked token before a block", "before[:, of_xt] =", "unused =")]),
+    ("judge", "judge.py", [
+        ("probe: one draw in place of the average", "for _ in range(n_fresh):",
+         "for _ in range(1):"),
+        ("probe: fresh noise at the guessed token, too",
+         "alone = torch.where(is_guessed[:, None], true, fresh)", "alone = fresh")]),
     ("drafts", "drafts.py", [
         ("drafts: without the noise", "self.head.weight.detach()) + self.xi",
          "self.head.weight.detach())"),
@@ -132,7 +137,7 @@ def copied(folder):
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True,
                            capture_output=True, text=True).stdout.splitlines()
     for name in files:
-        if (ROOT / name).exists() and not name.startswith("notebooks/models"):
+        if (ROOT / name).exists():
             (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, Path(folder) / name)
 

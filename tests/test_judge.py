@@ -147,6 +147,8 @@ def test_the_probe_tells_own_noise_from_the_noise_of_others(teacher):
         return 5.0 * F.one_hot(teacher.write(xt, xi.view(*xt.shape, V)).flatten(), V)
     every = judge.probe(hand_made(know_all), teacher, 400)
     assert every["gain"] > every["cross_gain"] > 5 * every["cross_gain_se"]
+    one = judge.probe(hand_made(know_all), teacher, 400, n_fresh=1)        # no average
+    assert one["gain"] > every["gain"] + 5 * every["gain_se"]
 
 
 @pytest.mark.quick
